@@ -1,0 +1,1 @@
+"""forepage: DeepSeek-V4 at long context with lookahead paging of the compressed KV."""

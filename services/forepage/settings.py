@@ -1,0 +1,213 @@
+"""The one typed settings tree: a frozen section a process, read from FOREPAGE_<SECTION>__<FIELD>.
+
+A process gets its own section, never the tree. Names that start with FOREPAGE_ and mean nothing stop
+the start: a misspelt setting must not be a default. OTEL_* variables belong to the OpenTelemetry SDK.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "FOREPAGE_"
+BUNDLED_MODEL = Path(__file__).parent / "model" / "bundled" / "seeded"
+
+
+class ResidencyMode(StrEnum):
+    """What a sequence keeps on the GPU, and what is promised about the rest (DESIGN 4)."""
+
+    FULL = "full"
+    LOOKAHEAD = "lookahead"
+    GUARDED = "guarded"
+    EXACT = "exact"
+
+
+class OnIndexDown(StrEnum):
+    """What a paged sequence does while the lookahead index can't be reached."""
+
+    TAIL = "tail"
+    EXACT = "exact"
+
+
+class Tier(StrEnum):
+    """Where the cold pool puts records that the arena has no room for, in order of preference."""
+
+    REDIS = "redis"
+    DISK = "disk"
+
+
+class Verify(StrEnum):
+    """When arena payloads are checksummed: by a background scrubber, or also before each lease."""
+
+    SCRUB = "scrub"
+    ALWAYS = "always"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ModelSettings(_Section):
+    """Which model, and how its KV is stored."""
+
+    path: Path = Field(BUNDLED_MODEL, description="folder with config.json and tokenizer.json")
+    kv_format: str = Field(
+        "fp8", pattern="^(fp8|fp32)$", description="KV rows and keys: fp8, or fp32 (tests)"
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where the worker computes")
+
+
+class GatewaySettings(_Section):
+    """The HTTP edge."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Port = Field(8000, description="port to listen on")
+    worker_addresses: tuple[str, ...] = Field(
+        (), description="fixed workers; empty: those registered in Redis"
+    )
+    max_concurrent_requests: int = Field(
+        256, ge=1, description="requests in flight; more are refused with 429"
+    )
+    max_body_bytes: int = Field(64 << 20, ge=1024, description="largest request body")
+    default_max_tokens: int = Field(512, ge=1, description="max_tokens when the request names none")
+    request_timeout_s: Seconds = Field(3600.0, description="a request's longest life")
+    drain_timeout_s: Seconds = Field(30.0, description="on SIGTERM: how long streams may go on")
+    worker_poll_s: Seconds = Field(1.0, description="how often the worker list and load are refreshed")
+
+
+class IndexSettings(_Section):
+    """The lookahead index."""
+
+    listen: str = Field("127.0.0.1:7101", description="gRPC address")
+    coldpool_address: str = Field("127.0.0.1:7102", description="the cold pool manager of this host")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where it scores")
+    threshold: float = Field(0.5, ge=0.0, le=1.0, description="an entry is wanted above this probability")
+    plan_stream_maxlen: int = Field(10_000, ge=1, description="plans kept on the Redis stream for observers")
+    max_inflight: int = Field(64, ge=1, le=1000, description="questions worked on or queued per stream")
+    metrics_port: Port = Field(0, description="Prometheus port; 0: off")
+    drain_timeout_s: Seconds = Field(5.0, description="on SIGTERM: how long open questions may take")
+
+
+class ColdpoolSettings(_Section):
+    """The cold pool manager of one host."""
+
+    listen: str = Field("127.0.0.1:7102", description="gRPC address")
+    capacity_bytes: int = Field(1 << 30, ge=1 << 16, description="arena size; allocated at the start")
+    shm_dir: Path = Field(Path("/dev/shm"), description="where the arena and the holders' locks lie")
+    tiers: tuple[Tier, ...] = Field((), description="spill tiers behind the arena, in order")
+    disk_dir: Path | None = Field(None, description="folder of the disk tier")
+    disk_bytes: int = Field(8 << 30, ge=0, description="bound of the disk tier")
+    redis_tier_bytes: int = Field(1 << 30, ge=0, description="bound of the Redis value tier")
+    verify: Verify = Field(Verify.SCRUB, description="when payloads in the arena are checksummed")
+    scrub_bytes_per_s: int = Field(64 << 20, ge=0, description="speed of the scrubber; 0: off")
+    probe_interval_s: Seconds = Field(1.0, description="how often dead holders are looked for")
+    directory_queue: int = Field(10_000, ge=1, description="directory writes kept while Redis is down")
+    metrics_port: Port = Field(0, description="Prometheus port; 0: off")
+    drain_timeout_s: Seconds = Field(5.0, description="on SIGTERM: how long calls may take")
+
+
+class WorkerSettings(_Section):
+    """One decode worker: a GPU (or the CPU)."""
+
+    listen: str = Field("127.0.0.1:7103", description="gRPC address")
+    worker_id: str = Field("worker-0", pattern="^[A-Za-z0-9_.-]{1,64}$", description="unique name")
+    advertise: str | None = Field(None, description="address that gateways use; default: listen")
+    index_address: str = Field("127.0.0.1:7101", description="the lookahead index")
+    coldpool_address: str = Field("127.0.0.1:7102", description="the cold pool manager of this host")
+    default_mode: ResidencyMode = Field(ResidencyMode.GUARDED, description="mode of requests that name none")
+    min_recall: float = Field(
+        0.95, ge=0.0, le=1.0, description="guarded: floor of evidence recall at an audited step"
+    )
+    budget_blocks: int = Field(128, ge=1, description="blocks a sequence may keep because of their score")
+    recent_tokens: int = Field(2048, ge=256, description="newest tokens that always stay resident")
+    interval_steps: int = Field(64, ge=4, le=1024, description="decode steps between predictions")
+    random_audits: int = Field(1, ge=0, le=16, description="audited steps an interval besides the boundary")
+    audit_layers: int = Field(2, ge=1, description="c4 layers looked at in an audited step")
+    clean_intervals: int = Field(4, ge=1, description="clean intervals before an escalation is stepped back")
+    max_running: int = Field(16, ge=1, le=1024, description="sequences decoded together")
+    max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
+    max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
+    prefill_chunk_tokens: int = Field(512, ge=128, multiple_of=128, description="tokens of a prefill step")
+    resume_every_tokens: int = Field(
+        16_384, ge=256, multiple_of=256, description="distance of resume records"
+    )
+    kv_bytes: int = Field(2 << 30, ge=1 << 20, description="device memory for rows and keys of all sequences")
+    key_share: float = Field(0.25, gt=0.0, lt=1.0, description="share of kv_bytes for key blocks")
+    load_slack_blocks: int = Field(
+        64, ge=1, description="blocks a sequence may hold above its set while loading"
+    )
+    escalation_reserve_bytes: int = Field(64 << 20, ge=0, description="key blocks kept for moves to exact")
+    predict_deadline_ms: int = Field(2_000, ge=1, description="a plan later than this is not waited for")
+    first_plan_timeout_ms: int = Field(5_000, ge=1, description="how long the first step waits for its plan")
+    admission_timeout_s: Seconds = Field(120.0, description="a request that finds no room by then is refused")
+    on_index_down: OnIndexDown = Field(OnIndexDown.TAIL, description="paged sequences without an index")
+    metrics_port: Port = Field(0, description="Prometheus port; 0: off")
+    drain_timeout_s: Seconds = Field(30.0, description="on SIGTERM: how long sequences may go on")
+
+
+class TelemetrySettings(_Section):
+    """Logs and traces; exporters are chosen by the SDK's own OTEL_* variables."""
+
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level logged")
+    log_json: bool = Field(True, description="one JSON object a line; false: for reading")
+
+
+class Settings(BaseSettings):
+    """The whole tree."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+    instance: str = Field(
+        "default", pattern="^[A-Za-z0-9_.-]{1,64}$", description="names shared memory and Redis keys"
+    )
+    redis_url: SecretStr | None = Field(None, description="Redis or Valkey; none: `forepage up` starts one")
+    gateway: GatewaySettings = GatewaySettings()
+    index: IndexSettings = IndexSettings()
+    worker: WorkerSettings = WorkerSettings()
+    coldpool: ColdpoolSettings = ColdpoolSettings()
+    model: ModelSettings = ModelSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+
+class SettingsError(Exception):
+    """The environment does not make a valid tree; the text names each wrong variable."""
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the tree from the environment. Raises: SettingsError naming what is unknown or out of range."""
+    seen = os.environ if environ is None else environ
+    known = {name for name, _, _ in setting_names()}
+    unknown = sorted(name for name in seen if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise SettingsError(f"unknown settings: {', '.join(unknown)}; `forepage check` lists the known ones")
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"{_env_name(item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise SettingsError("; ".join(lines)) from error
+
+
+def setting_names() -> Iterator[tuple[str, str, str]]:
+    """Every leaf of the tree: (environment name, default, what it is)."""
+    defaults = Settings.model_construct()
+    for name, field in Settings.model_fields.items():
+        section = getattr(defaults, name)
+        if isinstance(section, _Section):
+            for leaf, info in type(section).model_fields.items():
+                yield _env_name((name, leaf)), str(getattr(section, leaf)), info.description or ""
+        else:
+            yield _env_name((name,)), str(section), field.description or ""
+
+
+def _env_name(location: tuple[int | str, ...]) -> str:
+    return ENV_PREFIX + "__".join(str(part) for part in location if not isinstance(part, int)).upper()

@@ -1,0 +1,383 @@
+"""Every name that leaves us as a span, attribute or metric, and the set-up of logs, traces and metrics.
+
+Names follow the GenAI conventions where they have one, else `forepage.*`. Exporters are the SDK's
+business: OTLP is on when OTEL_EXPORTER_OTLP_ENDPOINT (or its traces/metrics form) is set, Prometheus
+when a process has a metrics port. Ids never become metric labels.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+import structlog
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.metrics import Counter, Histogram, Meter, UpDownCounter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from prometheus_client import start_http_server
+
+from forepage.settings import TelemetrySettings
+
+AttributeValue = str | int | float | bool | Sequence[str]
+
+
+class SpanName(StrEnum):
+    """Every span. A request's tree: see SPAN_PARENTS."""
+
+    HTTP_REQUEST = "forepage.gateway.request"
+    GATEWAY_GENERATE = "forepage.gateway.generate"
+    WORKER_GENERATE = "forepage.worker.generate"
+    WORKER_ADMIT = "forepage.worker.admit"
+    WORKER_PREFILL = "forepage.worker.prefill"
+    INTERVAL = "forepage.lookahead.interval"
+    PREDICT = "forepage.lookahead.predict"
+    LOAD = "forepage.lookahead.load"
+    WAIT = "forepage.lookahead.wait"
+    COMMIT = "forepage.lookahead.commit"
+    INDEX_LOOKAHEAD = "forepage.index.lookahead"
+    COLDPOOL_RESERVE = "forepage.coldpool.reserve"
+    COLDPOOL_LEASE = "forepage.coldpool.lease_prefix"
+    COLDPOOL_PUBLISH = "forepage.coldpool.publish"
+    COLDPOOL_RELEASE = "forepage.coldpool.release"
+
+
+SPAN_PARENTS: dict[SpanName, SpanName | None] = {
+    SpanName.HTTP_REQUEST: None,
+    SpanName.GATEWAY_GENERATE: SpanName.HTTP_REQUEST,
+    SpanName.WORKER_GENERATE: SpanName.GATEWAY_GENERATE,
+    SpanName.WORKER_ADMIT: SpanName.WORKER_GENERATE,
+    SpanName.WORKER_PREFILL: SpanName.WORKER_GENERATE,
+    SpanName.INTERVAL: SpanName.WORKER_GENERATE,
+    SpanName.PREDICT: SpanName.INTERVAL,
+    SpanName.LOAD: SpanName.INTERVAL,
+    SpanName.WAIT: SpanName.INTERVAL,
+    SpanName.COMMIT: SpanName.INTERVAL,
+    SpanName.INDEX_LOOKAHEAD: SpanName.PREDICT,
+    SpanName.COLDPOOL_RESERVE: SpanName.WORKER_ADMIT,
+    SpanName.COLDPOOL_LEASE: SpanName.WORKER_ADMIT,
+    SpanName.COLDPOOL_PUBLISH: SpanName.WORKER_GENERATE,
+    SpanName.COLDPOOL_RELEASE: SpanName.WORKER_GENERATE,
+}
+"""Who is whose parent; the end-to-end test asserts these edges."""
+
+
+class Attr(StrEnum):
+    """Every attribute of spans and metrics."""
+
+    OPERATION = "gen_ai.operation.name"
+    PROVIDER = "gen_ai.provider.name"
+    REQUEST_MODEL = "gen_ai.request.model"
+    INPUT_TOKENS = "gen_ai.usage.input_tokens"
+    OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+    TOKEN_TYPE = "gen_ai.token.type"
+    FINISH_REASONS = "gen_ai.response.finish_reasons"
+    HTTP_METHOD = "http.request.method"
+    HTTP_ROUTE = "http.route"
+    HTTP_STATUS = "http.response.status_code"
+    ERROR_TYPE = "error.type"
+    REQUEST_ID = "forepage.request.id"
+    SEQUENCE_ID = "forepage.sequence.id"
+    WORKER_ID = "forepage.worker.id"
+    MODE = "forepage.residency.mode"
+    INTERVAL = "forepage.lookahead.interval"
+    POSITION = "forepage.lookahead.position"
+    DESIRED_BLOCKS = "forepage.lookahead.desired_blocks"
+    LOADED_BLOCKS = "forepage.lookahead.loaded_blocks"
+    DROPPED_BLOCKS = "forepage.lookahead.dropped_blocks"
+    RESIDENT_BLOCKS = "forepage.lookahead.resident_blocks"
+    LATENCY_MS = "forepage.prefetch.latency_ms"
+    PHASE = "forepage.prefetch.phase"
+    OUTCOME = "forepage.lookahead.outcome"
+    FALLBACK = "forepage.fallback"
+    EVIDENCE_RECALL = "forepage.evidence.recall"
+    CACHED_TOKENS = "forepage.cached_tokens"
+    NUM_BLOCKS = "forepage.num_blocks"
+    NUM_AUDITS = "forepage.num_audits"
+    REASON = "forepage.reason"
+    STATE = "forepage.state"
+
+
+class MetricName(StrEnum):
+    """Every instrument; unit and description are in INSTRUMENTS."""
+
+    REQUEST_DURATION = "gen_ai.server.request.duration"
+    TIME_TO_FIRST_TOKEN = "gen_ai.server.time_to_first_token"
+    TIME_PER_OUTPUT_TOKEN = "gen_ai.server.time_per_output_token"
+    TOKENS = "forepage.tokens"
+    REQUESTS_RUNNING = "forepage.requests.running"
+    REFUSALS = "forepage.refusals"
+    PREFETCH_LATENCY = "forepage.prefetch.latency"
+    PREFETCH_BYTES = "forepage.prefetch.bytes"
+    DEMAND_BYTES = "forepage.demand.bytes"
+    LATE_PLANS = "forepage.lookahead.late_plans"
+    DISCARDED_PLANS = "forepage.lookahead.discarded_plans"
+    FALLBACKS = "forepage.fallbacks"
+    EVIDENCE_RECALL = "forepage.evidence.recall"
+    MISSED_MASS = "forepage.evidence.missed_mass"
+    ESCALATIONS = "forepage.escalations"
+    KV_FOOTPRINT = "forepage.kv.footprint"
+    PREDICTIONS = "forepage.index.predictions"
+    INDEX_LATENCY = "forepage.index.latency"
+    BLOCKS = "forepage.blocks"
+    ARENA_SLOTS = "forepage.coldpool.slots"
+    EVICTIONS = "forepage.coldpool.evictions"
+    DAMAGED = "forepage.coldpool.damaged_records"
+    DIRECTORY_DROPPED = "forepage.coldpool.directory_writes_dropped"
+    PREFIX_TOKENS = "forepage.prefix.tokens"
+
+
+_KINDS: dict[MetricName, tuple[str, str, str]] = {
+    MetricName.REQUEST_DURATION: ("histogram", "s", "Time from a request's arrival to its end"),
+    MetricName.TIME_TO_FIRST_TOKEN: ("histogram", "s", "Time from a request's arrival to its first token"),
+    MetricName.TIME_PER_OUTPUT_TOKEN: (
+        "histogram",
+        "s",
+        "Time between tokens after the first, mean of a request",
+    ),
+    MetricName.TOKENS: ("counter", "{token}", "Tokens by gen_ai.token.type"),
+    MetricName.REQUESTS_RUNNING: ("updown", "{request}", "Requests in flight"),
+    MetricName.REFUSALS: ("counter", "{request}", "Requests refused, by reason"),
+    MetricName.PREFETCH_LATENCY: ("histogram", "ms", "Boundary to commit, in all and by phase"),
+    MetricName.PREFETCH_BYTES: ("counter", "By", "Bytes loaded because a plan asked for them"),
+    MetricName.DEMAND_BYTES: ("counter", "By", "Bytes of rows pulled within a step"),
+    MetricName.LATE_PLANS: ("counter", "{plan}", "Plans that came after the step that should have used them"),
+    MetricName.DISCARDED_PLANS: ("counter", "{plan}", "Plans of an old boundary or incarnation, thrown away"),
+    MetricName.FALLBACKS: ("counter", "{fallback}", "Times something else was done than meant, by which"),
+    MetricName.EVIDENCE_RECALL: ("histogram", "1", "Evidence recall of audited layers"),
+    MetricName.MISSED_MASS: ("histogram", "1", "Softmax mass on absent entries at audited layers"),
+    MetricName.ESCALATIONS: ("counter", "{escalation}", "Audits below the floor that were answered, by how"),
+    MetricName.KV_FOOTPRINT: (
+        "histogram",
+        "1",
+        "KV bytes on the device over those of mode full, a request's mean",
+    ),
+    MetricName.PREDICTIONS: ("counter", "{prediction}", "Plans made"),
+    MetricName.INDEX_LATENCY: ("histogram", "ms", "Time the index took for one question"),
+    MetricName.BLOCKS: ("updown", "{block}", "Blocks of the device pools by state"),
+    MetricName.ARENA_SLOTS: ("updown", "{slot}", "Arena slots by state"),
+    MetricName.EVICTIONS: ("counter", "{record}", "Records evicted from the arena"),
+    MetricName.DAMAGED: ("counter", "{record}", "Records refused because of their checksum"),
+    MetricName.DIRECTORY_DROPPED: ("counter", "{write}", "Directory writes lost while Redis was down"),
+    MetricName.PREFIX_TOKENS: ("counter", "{token}", "Prompt tokens that were not prefilled again"),
+}
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """A process's tracer and instruments; made once by `open_telemetry` and passed around."""
+
+    tracer: Tracer
+    counters: Mapping[MetricName, Counter]
+    updowns: Mapping[MetricName, UpDownCounter]
+    histograms: Mapping[MetricName, Histogram]
+    _tracer_provider: TracerProvider
+    _meter_provider: MeterProvider
+
+    def count(self, name: MetricName, value: float = 1, **attributes: AttributeValue) -> None:
+        """Add to a counter; attributes are keyed by Attr member name, lower case (`reason="late"`)."""
+        self.counters[name].add(value, _named(attributes))
+
+    def move(self, name: MetricName, value: float, **attributes: AttributeValue) -> None:
+        """Move an up-down counter."""
+        self.updowns[name].add(value, _named(attributes))
+
+    def record(self, name: MetricName, value: float, **attributes: AttributeValue) -> None:
+        """Record into a histogram."""
+        self.histograms[name].record(value, _named(attributes))
+
+    def start_span(
+        self,
+        name: SpanName,
+        parent: Span | Context | None = None,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        start_ns: int | None = None,
+        **attributes: AttributeValue,
+    ) -> Span:
+        """Start a span under `parent` (a span, a received context, or none)."""
+        return self._start(name, parent, kind, start_ns, attributes)
+
+    def _start(
+        self,
+        name: SpanName,
+        parent: Span | Context | None,
+        kind: SpanKind,
+        start_ns: int | None,
+        attributes: Mapping[str, AttributeValue],
+    ) -> Span:
+        context = trace.set_span_in_context(parent) if isinstance(parent, Span) else parent
+        return self.tracer.start_span(
+            name, context=context, kind=kind, start_time=start_ns, attributes=_named(attributes)
+        )
+
+    @contextmanager
+    def span(
+        self,
+        name: SpanName,
+        parent: Span | Context | None = None,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        **attributes: AttributeValue,
+    ) -> Iterator[Span]:
+        """A span around a block; an exception marks it failed and goes on."""
+        span = self._start(name, parent, kind, None, attributes)
+        try:
+            yield span
+        except BaseException as error:
+            fail_span(span, error)
+            raise
+        finally:
+            span.end()
+
+    def close(self) -> None:
+        """Flush and stop the exporters."""
+        self._tracer_provider.shutdown()
+        self._meter_provider.shutdown()
+
+
+def open_telemetry(
+    service: str,
+    *,
+    instance_id: str,
+    metrics_port: int = 0,
+    prometheus: bool = False,
+    span_processors: Sequence[SpanProcessor] = (),
+    metric_readers: Sequence[MetricReader] = (),
+) -> Telemetry:
+    """Set up traces and metrics of one process.
+
+    `prometheus` registers with the default prometheus_client registry (the gateway serves it at
+    /metrics); `metrics_port` also serves it on its own port. Processors and readers are for tests.
+    """
+    resource = Resource.create({"service.name": f"forepage-{service}", "service.instance.id": instance_id})
+    tracer_provider = TracerProvider(resource=resource)
+    for processor in span_processors:
+        tracer_provider.add_span_processor(processor)
+    if _otlp_endpoint("TRACES"):
+        tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    readers = list(metric_readers)
+    if prometheus or metrics_port:
+        readers.append(PrometheusMetricReader())
+    if metrics_port:
+        start_http_server(metrics_port, addr="127.0.0.1")
+    if _otlp_endpoint("METRICS"):
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    meter_provider = MeterProvider(resource=resource, metric_readers=readers)
+    meter = meter_provider.get_meter("forepage")
+    return Telemetry(
+        tracer=tracer_provider.get_tracer("forepage"),
+        counters={name: _counter(meter, name) for name in _of_kind("counter")},
+        updowns={name: _updown(meter, name) for name in _of_kind("updown")},
+        histograms={name: _histogram(meter, name) for name in _of_kind("histogram")},
+        _tracer_provider=tracer_provider,
+        _meter_provider=meter_provider,
+    )
+
+
+def open_logs(service: str, settings: TelemetrySettings) -> structlog.stdlib.BoundLogger:
+    """Structured logs of one process on stderr; library logs pass through the same renderer."""
+    renderer = structlog.processors.JSONRenderer() if settings.log_json else structlog.dev.ConsoleRenderer()
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.format_exc_info,
+    ]
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    logger: structlog.stdlib.BoundLogger = structlog.get_logger(f"forepage.{service}")
+    return logger
+
+
+def set_attributes(span: Span, **attributes: AttributeValue) -> None:
+    """Set attributes by Attr member name, lower case."""
+    span.set_attributes(_named(attributes))
+
+
+def fail_span(span: Span, error: BaseException) -> None:
+    """Mark a span failed with the error's code or class."""
+    span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", type(error).__name__))
+    span.set_status(Status(StatusCode.ERROR, str(error)[:200]))
+
+
+def outgoing_metadata(span: Span | None) -> tuple[tuple[str, str], ...]:
+    """gRPC metadata that makes the callee's spans children of `span`."""
+    carrier: dict[str, str] = {}
+    if span is not None:
+        propagate.inject(carrier, context=trace.set_span_in_context(span))
+    return tuple(carrier.items())
+
+
+def incoming_context(metadata: Mapping[str, str]) -> Context:
+    """The caller's trace context, from HTTP headers or gRPC metadata (lower-case keys)."""
+    return propagate.extract(dict(metadata))
+
+
+def traceparent_of(span: Span) -> str:
+    """The W3C header value of a span, for messages of a long-lived stream."""
+    return dict(outgoing_metadata(span)).get("traceparent", "")
+
+
+def context_of_traceparent(traceparent: str) -> Context:
+    """The context that a `traceparent` value names."""
+    return propagate.extract({"traceparent": traceparent})
+
+
+def _named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:
+    return {Attr[name.upper()].value: value for name, value in attributes.items()}
+
+
+def _otlp_endpoint(signal: str) -> str | None:
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+
+
+def _of_kind(kind: str) -> list[MetricName]:
+    return [name for name, (its, _, _) in _KINDS.items() if its == kind]
+
+
+def _counter(meter: Meter, name: MetricName) -> Counter:
+    return meter.create_counter(name, unit=_KINDS[name][1], description=_KINDS[name][2])
+
+
+def _updown(meter: Meter, name: MetricName) -> UpDownCounter:
+    return meter.create_up_down_counter(name, unit=_KINDS[name][1], description=_KINDS[name][2])
+
+
+_BUCKETS: dict[str, list[float]] = {
+    "s": [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92],
+    "ms": [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000],
+    "1": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0],
+}
+
+
+def _histogram(meter: Meter, name: MetricName) -> Histogram:
+    _, unit, description = _KINDS[name]
+    return meter.create_histogram(
+        name, unit=unit, description=description, explicit_bucket_boundaries_advisory=_BUCKETS[unit]
+    )
