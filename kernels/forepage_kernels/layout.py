@@ -47,9 +47,9 @@ class RowLayout:
     format: Format
 
     def __post_init__(self) -> None:
-        if self.entries < 1 or self.nope_dims < 0 or self.rope_dims < 0 or self.rope_dims % 2:
+        if self.entries < 1 or self.nope_dims < 1 or self.rope_dims < 0 or self.rope_dims % 2:
             raise ShapeError(f"row layout: impossible sizes {self}")
-        if self.value_bytes == 0 or self.value_bytes % LANE_BYTES:
+        if self.value_bytes % LANE_BYTES:
             raise ShapeError(f"row layout: {self.value_bytes} value bytes, not a multiple of {LANE_BYTES}")
 
     @property
@@ -95,7 +95,9 @@ class KeyLayout:
         if self.entries < 1 or self.dims < 1 or self.value_bytes % LANE_BYTES:
             raise ShapeError(f"key layout: impossible sizes {self}")
         if self.format == "fp8" and self.dims & (self.dims - 1):
-            raise ShapeError(f"key layout: fp8 keys are Hadamard-rotated, {self.dims} dims is no power of two")
+            raise ShapeError(
+                f"key layout: fp8 keys are Hadamard-rotated, {self.dims} dims is no power of two"
+            )
 
     @property
     def value_bytes(self) -> int:
@@ -158,7 +160,7 @@ class PlanePool(Generic[LayoutT]):
 
     def _span(self, offset: int, width: int) -> Tensor:
         span = self.bytes[:, offset : offset + self.layout.entries * width]
-        return span.unflatten(1, (self.layout.entries, width)) if width else span.unsqueeze(1)
+        return span.view(self.bytes.shape[0], self.layout.entries, width)
 
 
 class RowPool(PlanePool[RowLayout]):
@@ -176,10 +178,10 @@ def hadamard(x: Tensor) -> Tensor:
         raise ShapeError(f"hadamard: {dims} dims is no power of two")
     stride = 1
     while stride < dims:
-        low, high = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        low, high = x.reshape(*x.shape[:-1], dims // (2 * stride), 2, stride).unbind(-2)
         x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         stride *= 2
-    return x * dims**-0.5
+    return x * float(dims**-0.5)
 
 
 def encode_rows(x: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
@@ -189,7 +191,7 @@ def encode_rows(x: Tensor, layout: RowLayout) -> tuple[Tensor, Tensor]:
         return x.view(torch.uint8), x.new_empty(x.shape[0], 0, dtype=torch.uint8)
     groups = layout.scale_groups
     nope = F.pad(x[:, : layout.nope_dims], (0, groups * SCALE_GROUP - layout.nope_dims))
-    values, exponents = _quantize(nope.unflatten(1, (groups, SCALE_GROUP)))  # [n, groups, 64], [n, groups]
+    values, exponents = _quantize(nope.view(-1, groups, SCALE_GROUP))  # [n, groups, 64], [n, groups]
     rope = x[:, layout.nope_dims :].to(torch.bfloat16).contiguous().view(torch.uint8)
     scales = F.pad(exponents.to(torch.uint8), (0, layout.scale_bytes - groups))
     return torch.cat((values.flatten(1)[:, : layout.nope_dims], rope), dim=1), scales
@@ -204,7 +206,7 @@ def decode_rows(values: Tensor, scales: Tensor, layout: RowLayout) -> Tensor:
     groups = layout.scale_groups
     nope = _e4m3(F.pad(values[:, : layout.nope_dims], (0, groups * SCALE_GROUP - layout.nope_dims)))
     scale = _scale(scales[:, :groups].to(torch.int32))  # [n, groups]
-    nope = (nope.unflatten(1, (groups, SCALE_GROUP)) * scale.unsqueeze(2)).flatten(1)
+    nope = (nope.view(-1, groups, SCALE_GROUP) * scale.unsqueeze(2)).flatten(1)
     rope = values[:, layout.nope_dims :].view(torch.bfloat16).to(torch.float32)
     return torch.cat((nope[:, : layout.nope_dims], rope), dim=1)
 
@@ -259,8 +261,9 @@ def _encode(x: Tensor, pool: RowPool | KeyPool) -> tuple[Tensor, Tensor]:
 
 
 def _decode(values: Tensor, scales: Tensor, pool: RowPool | KeyPool) -> Tensor:
-    decode = decode_rows if isinstance(pool, RowPool) else decode_keys
-    return decode(values, scales, pool.layout)
+    if isinstance(pool, RowPool):
+        return decode_rows(values, scales, pool.layout)
+    return decode_keys(values, scales, pool.layout)
 
 
 def _lanes(span: Tensor) -> Tensor:
@@ -277,7 +280,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     amax <= 448 * 2^e exactly when amax / 2^8 <= 1.75 * 2^e, so the exponent is read off amax's bits:
     no logarithm that could round.
     """
-    amax = x.abs().amax(dim=-1).clamp(min=MIN_AMAX) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    amax = x.abs().amax(dim=-1).clamp(min=MIN_AMAX)
     bits = amax.view(torch.int32)
     exponents = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(torch.int32)
     inverse = _scale(254 - exponents).unsqueeze(-1)

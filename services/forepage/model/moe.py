@@ -46,7 +46,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """One layer's feed-forward: w13 [E, 2M, D] (gate over up), w2 [E, D, M]; shared w13 [2M, D], w2 [D, M]."""
+    """One layer's feed-forward: experts w13 [E, 2M, D] (gate over up), w2 [E, D, M], and the shared one."""
 
     gate: Gate
     w13: Tensor
@@ -56,9 +56,7 @@ class MixtureOfExperts:
     spec: ModelSpec
 
     @classmethod
-    def from_weights(
-        cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec
-    ) -> "MixtureOfExperts":
+    def from_weights(cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec) -> "MixtureOfExperts":
         """Read `{prefix}gate.*`, `experts.*` and `shared_experts.*`."""
         bias = weights.get(f"{prefix}gate.bias")
         gate = Gate(
@@ -91,7 +89,7 @@ class MixtureOfExperts:
     def _dense(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Every expert on every token, unchosen ones weighted zero -> f32 [n, D]."""
         shape = (x.shape[0], self.spec.num_experts)
-        share = torch.zeros(shape, device=x.device).scatter(-1, experts, weights)  # [n, E]
+        share = torch.zeros(shape, device=x.device).scatter_add(-1, experts, weights)  # [n, E]
         hidden = self._activate(torch.matmul(x, self.w13.transpose(-1, -2)))  # [E, n, M]
         outputs = torch.bmm(hidden, self.w2.transpose(-1, -2))  # [E, n, D]
         return torch.einsum("end,ne->nd", outputs.float(), share)
@@ -100,13 +98,13 @@ class MixtureOfExperts:
         """Tokens sorted by expert, one grouped product per matrix -> f32 [n, D]."""
         num_chosen = experts.shape[-1]
         by_expert = experts.flatten().argsort(stable=True)  # [n*k]
-        counts = F.one_hot(experts.flatten(), self.spec.num_experts).sum(0)
-        ends = counts.cumsum(0).to(torch.int32)  # [E]
+        ids = torch.arange(self.spec.num_experts, device=x.device)
+        ends = (experts.flatten() == ids.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)  # [E]
         inputs = x[by_expert // num_chosen]  # [n*k, D]
         hidden = self._activate(F.grouped_mm(inputs, self.w13.transpose(-1, -2), offs=ends))
         sorted_outputs = F.grouped_mm(hidden, self.w2.transpose(-1, -2), offs=ends)  # [n*k, D]
         outputs = torch.empty_like(sorted_outputs).index_copy(0, by_expert, sorted_outputs)
-        return (outputs.float().unflatten(0, (-1, num_chosen)) * weights.unsqueeze(-1)).sum(1)
+        return torch.einsum("nkd,nk->nd", outputs.float().view(x.shape[0], num_chosen, -1), weights)
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         """silu(min(gate, limit)) * clamp(up, -limit, limit), in fp32: [..., 2M] -> [..., M]."""

@@ -79,7 +79,7 @@ def _pair_turning(turns: float, dims: int, theta: float, max_position: int) -> f
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rope_dims = 2 * cos.shape[-1]
-    plain, rotary = x.split([x.shape[-1] - rope_dims, rope_dims], dim=-1)
-    even, odd = rotary.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., rope_dims / 2] each
+    plain, rotary = x.split_with_sizes([x.shape[-1] - rope_dims, rope_dims], dim=-1)
+    even, odd = rotary.float().reshape(*rotary.shape[:-1], -1, 2).unbind(-1)  # [..., rope_dims / 2] each
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
     return torch.cat((plain, turned.to(x.dtype)), dim=-1)

@@ -146,7 +146,9 @@ class _Fields:
     def count(self, name: str, least: int = 1) -> int:
         value = self._get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ModelFormatError(f"config: {self._prefix}{name} must be an integer >= {least}, got {value!r}")
+            raise ModelFormatError(
+                f"config: {self._prefix}{name} must be an integer >= {least}, got {value!r}"
+            )
         return value
 
     def number(self, name: str) -> float:
@@ -205,7 +207,10 @@ def _check_sizes(spec: ModelSpec) -> None:
     """Relations between fields that the maths relies on."""
     index_dims = spec.index_dims
     for bad, message in (
-        (spec.rope_dims % 2 or spec.rope_dims >= spec.head_dim, "qk_rope_head_dim must be even and < head_dim"),
+        (
+            spec.rope_dims % 2 or spec.rope_dims >= spec.head_dim,
+            "qk_rope_head_dim must be even and < head_dim",
+        ),
         (spec.rope_dims > index_dims, "index_head_dim must be at least qk_rope_head_dim"),
         (index_dims & (index_dims - 1), "index_head_dim must be a power of two"),
         (spec.num_heads % spec.o_groups, "o_groups must divide num_attention_heads"),

@@ -30,7 +30,9 @@ _SPREAD: dict[Role, tuple[float, float]] = {
 """Mean and standard deviation of seeded tensors; matrices get 1/sqrt(inputs), so activations stay near 1."""
 
 
-def load_or_seed(folder: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def load_or_seed(
+    folder: Path, spec: ModelSpec, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
     """Load the folder's safetensors, or seed when it has none and its config names a seed.
 
     Raises: ModelFormatError naming the tensor and file that is missing, unexpected, misshapen or

@@ -129,7 +129,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., residency: _Optional[_Union[ResidencyReport, _Mapping]] = ...) -> None: ...
 
 class ResidencyReport(_message.Message):
-    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks")
+    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits")
     MODE_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     MODE_FINAL_FIELD_NUMBER: _ClassVar[int]
     FULL_BY_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,11 @@ class ResidencyReport(_message.Message):
     PREFETCH_LATENCY_MS_MEAN_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_LATENCY_MS_MAX_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKSPACE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FULL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PAGED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EXACT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_MS_FIELD_NUMBER: _ClassVar[int]
+    WORKER_AUDITS_FIELD_NUMBER: _ClassVar[int]
     mode_requested: ResidencyMode
     mode_final: ResidencyMode
     full_by_size: bool
@@ -198,7 +203,12 @@ class ResidencyReport(_message.Message):
     prefetch_latency_ms_mean: float
     prefetch_latency_ms_max: float
     prefill_workspace_blocks: int
-    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ...) -> None: ...
+    full_steps: int
+    paged_steps: int
+    exact_steps: int
+    paused_ms: int
+    worker_audits: int
+    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")

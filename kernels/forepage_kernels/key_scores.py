@@ -1,0 +1,56 @@
+# ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
+"""The Triton tile both indexers share: weighted ReLU scores of a tile of stored keys."""
+
+import triton.language as tl
+
+from forepage_kernels.codec import load_e4m3, load_f32
+from forepage_kernels.jit import jit, next_power_of_2
+
+TILE_ENTRIES = 64
+MIN_TILE_HEADS = 16
+"""The smallest side of a matrix product on tensor cores."""
+MAX_TILE_HEADS = 32
+"""With 64 entries and no pipelining 98 KB of shared memory in fp32: two programs fit an SM of an H100."""
+
+
+def tile_heads(heads: int) -> int:
+    """Heads scored at a time."""
+    return min(MAX_TILE_HEADS, max(MIN_TILE_HEADS, next_power_of_2(heads)))
+
+
+@jit
+def score_keys(
+    queries: tl.tensor,
+    weights: tl.tensor,
+    num_heads: tl.tensor,
+    keys: tl.tensor,
+    value_offset: tl.tensor,
+    scale_offset: tl.tensor,
+    present: tl.tensor,
+    DIMS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BF16: tl.constexpr,
+) -> tl.tensor:
+    """sum over heads of weight * relu(q . k) -> f32 [N]; 0 where not present, and nothing read there.
+
+    queries points at [H, DIMS], weights at f32 [H], keys at bytes; value_offset, scale_offset i64 [N].
+    No score of one head leaves the tile. A key's scale is positive, so it is applied after the ReLU,
+    and its e4m3 values are exact in bf16 and tf32. Callers promise the compiler that value_offset is a
+    multiple of 8 (a promise made in here would be about a parameter, and lost when this is inlined).
+    """
+    dim = tl.arange(0, DIMS)
+    key = load_e4m3(keys + value_offset[:, None] + dim[None, :], present[:, None])  # [N, DIMS]
+    scale = load_f32(keys + scale_offset, present)  # [N]
+    if BF16:
+        key = key.to(tl.bfloat16)
+    total = tl.zeros_like(scale)
+    for first in range(0, num_heads, BLOCK_H):
+        head = first + tl.arange(0, BLOCK_H)
+        real = head < num_heads
+        query = tl.load(queries + head[:, None] * DIMS + dim[None, :], mask=real[:, None], other=0.0)
+        weight = tl.load(weights + head, mask=real, other=0.0)
+        if not BF16:
+            query = query.to(tl.float32)
+        dot = tl.dot(key, tl.trans(query), input_precision="tf32x3")  # [N, BLOCK_H]
+        total += tl.sum(tl.maximum(dot, 0.0) * weight[None, :], axis=1)
+    return total * scale

@@ -1,0 +1,92 @@
+# ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
+"""Triton memory_indexer: each program scores one tile of entries in every target layer."""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from forepage_kernels.jit import jit, on_device_of
+from forepage_kernels.key_scores import TILE_ENTRIES, score_keys, tile_heads
+from forepage_kernels.layout import KeyLayout
+
+
+def memory_indexer(
+    queries: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    *,
+    layout: KeyLayout,
+    plane_offsets: Tensor,
+    threshold: float,
+) -> Tensor:
+    """See the package; fp8 keys. A plane that leaves `keys` counts as absent."""
+    batch, layers, heads, dims = queries.shape
+    num_entries = plane_offsets.shape[1] * layout.entries
+    scores = weights.new_empty(batch, num_entries)
+    if scores.numel() == 0:
+        return scores
+    with on_device_of(queries):
+        score_entries[(-(-num_entries // TILE_ENTRIES), batch)](
+            queries,
+            weights,
+            keys,
+            plane_offsets,
+            scores,
+            layers,
+            heads,
+            num_entries,
+            keys.shape[0] - layout.plane_bytes,
+            threshold,
+            ENTRIES=layout.entries,
+            DIMS=dims,
+            TILE=TILE_ENTRIES,
+            BLOCK_H=tile_heads(heads),
+            BF16=queries.is_cuda and queries.dtype == torch.bfloat16,
+            num_stages=1,
+        )
+    return scores
+
+
+@jit
+def score_entries(
+    queries: tl.tensor,
+    weights: tl.tensor,
+    keys: tl.tensor,
+    plane_offsets: tl.tensor,
+    scores: tl.tensor,
+    layers: tl.tensor,
+    heads: tl.tensor,
+    num_entries: tl.tensor,
+    last_plane: tl.tensor,
+    threshold: tl.tensor,
+    ENTRIES: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BF16: tl.constexpr,
+) -> None:
+    """Shapes as in the package; `last_plane` is the largest offset at which a plane still fits."""
+    row = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    real = entry < num_entries
+    num_blocks = num_entries // ENTRIES
+    best = tl.zeros([TILE], tl.float32)
+    for layer in range(layers):
+        plane = tl.load(
+            plane_offsets + (row * num_blocks + entry // ENTRIES) * layers + layer, mask=real, other=-1
+        )
+        present = (plane >= 0) & (plane <= last_plane)
+        logit = score_keys(
+            queries + (row * layers + layer) * heads * DIMS,
+            weights + (row * layers + layer) * heads,
+            heads,
+            keys,
+            tl.multiple_of(plane + (entry % ENTRIES) * DIMS, 8),
+            plane + ENTRIES * DIMS + (entry % ENTRIES) * 4,
+            present,
+            DIMS,
+            BLOCK_H,
+            BF16,
+        )
+        best = tl.maximum(best, tl.where(present, tl.sigmoid(logit), 0.0))
+    tl.store(scores + row * num_entries + entry, tl.where(best > threshold, best, 0.0), mask=real)

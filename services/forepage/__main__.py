@@ -1,0 +1,136 @@
+"""The `forepage` command: one process a role, `up` for all of them on one host, and a few checks.
+
+Each role's package is imported only when asked for, so the gateway's image needs no torch. A setting that
+is wrong ends with one line and exit code 2; an error that we know by name with one line and exit code 1.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from importlib import import_module
+from typing import Annotated, NoReturn, cast
+
+import pydantic_settings
+import typer
+
+from forepage.errors import ForepageError, IntegrityError
+from forepage.launch.health import Role, role_is_ready
+from forepage.settings import Settings, SettingsError, load_settings
+from forepage.settings_report import resolved_table, settings_markdown
+
+BAD_SETTINGS = 2
+FAILED = 1
+HEALTH_TIMEOUT_S = 4.0
+
+RoleMain = Callable[[Settings, asyncio.Event], Awaitable[None]]
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def forepage() -> None:
+    """Serve DeepSeek-V4 at long context: one process a role, or all of them with `up`."""
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m forepage`."""
+    app()
+
+
+@app.command()
+def gateway() -> None:
+    """The HTTP edge: OpenAI-compatible API, admission, routing."""
+    _run_role(Role.GATEWAY)
+
+
+@app.command()
+def index() -> None:
+    """The lookahead index: plans and audits."""
+    _run_role(Role.INDEX)
+
+
+@app.command()
+def coldpool() -> None:
+    """The cold pool manager of this host: arena, leases, spill tiers."""
+    _run_role(Role.COLDPOOL)
+
+
+@app.command()
+def worker() -> None:
+    """A decode worker: one GPU, or the CPU."""
+    _run_role(Role.WORKER)
+
+
+@app.command()
+def up() -> None:
+    """Every process on this host, with a bundled Valkey where no Redis is set; Ctrl-C ends them all."""
+    from forepage.launch.instance import LaunchError
+    from forepage.launch.up import up as run
+
+    settings = _settings()
+    try:
+        run(settings)
+    except LaunchError as error:
+        _fail(f"forepage up: {error}", FAILED)
+
+
+@app.command()
+def check() -> None:
+    """Print the settings that this environment resolves to; secrets are masked."""
+    typer.echo(resolved_table(_settings()))
+
+
+@app.command("settings-table")
+def settings_table() -> None:
+    """Print docs/settings.md."""
+    typer.echo(settings_markdown(), nl=False)
+
+
+@app.command()
+def healthy(role: Annotated[Role, typer.Argument(help="the process to ask, on this host")]) -> None:
+    """Exit 0 when that process takes work, else 1: for container health checks."""
+    if not asyncio.run(role_is_ready(role, _settings(), timeout_s=HEALTH_TIMEOUT_S)):
+        _fail(f"{role} is not ready", FAILED)
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except (SettingsError, pydantic_settings.SettingsError) as error:
+        _fail(f"forepage: {error}", BAD_SETTINGS)
+
+
+def _run_role(role: Role) -> None:
+    settings = _settings()
+    try:
+        from forepage.rpc.edge import run_until_signal
+
+        module = import_module(f"forepage.{role}.{'app' if role is Role.GATEWAY else 'server'}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("forepage"):
+            raise
+        _fail(f"forepage {role} needs {error.name}: pip install 'forepage[{role}]'", FAILED)
+    run = cast(RoleMain, module.run)
+    try:
+        run_until_signal(lambda stop: run(settings, stop))
+    except SettingsError as error:  # what only the role itself can see
+        _fail(f"forepage {role}: {error}", BAD_SETTINGS)
+    except (ForepageError, ExceptionGroup) as failure:
+        cause = _only(failure)
+        if not isinstance(cause, ForepageError) or isinstance(cause, IntegrityError):
+            raise  # ours to mend: the traceback helps
+        _fail(f"forepage {role}: {cause}", FAILED)
+
+
+def _only(failure: Exception) -> Exception:
+    """The one error inside groups of one."""
+    while isinstance(failure, ExceptionGroup) and len(failure.exceptions) == 1:
+        failure = failure.exceptions[0]
+    return failure
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    typer.echo(text, err=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What the manager does between calls: free what dead holders held, check laws when idle, scrub payloads."""
+
+import asyncio
+
+import structlog
+
+from forepage.coldpool.holders import HolderRegistry
+from forepage.coldpool.pool import ColdPool
+
+_SCRUB_PAUSE_S = 1.0
+"""Between two rounds, so that an empty or tiny arena is not scrubbed in a tight loop."""
+_log = structlog.get_logger("forepage.coldpool")
+
+
+async def reap_holders(pool: ColdPool, holders: HolderRegistry, *, interval_s: float) -> None:
+    """For ever: drop holders whose process has ended. Raises: IntegrityError if an idle pool breaks a law."""
+    checked, seen = -1, -1
+    while True:
+        for holder in holders.reap_gone():
+            pool.drop_holder(holder)
+            _log.warning("holder_gone", holder=holder)
+        if pool.num_changes == seen != checked:  # idle for one interval, and not checked since
+            pool.table.check_integrity()
+            checked = seen
+        seen = pool.num_changes
+        await asyncio.sleep(interval_s)
+
+
+async def scrub(pool: ColdPool, *, bytes_per_s: int) -> None:
+    """For ever: compare every complete payload with its checksum, at this speed; damage is refused."""
+    while True:
+        for ref in pool.table.complete_refs():
+            record = pool.table.record_of(ref)
+            if record is not None:
+                await pool.check_payload(ref)
+                await asyncio.sleep(record.payload_bytes / bytes_per_s)
+        await asyncio.sleep(_SCRUB_PAUSE_S)

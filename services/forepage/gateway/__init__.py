@@ -1,0 +1,1 @@
+"""The HTTP edge: OpenAI-compatible endpoints over decode workers. No torch."""

@@ -1,0 +1,166 @@
+"""The gateway process: the app over its parts, and serving it until told to stop.
+
+Stopping: ready says 503 and generations are refused, running ones get `drain_timeout_s`, what is left
+ends with a typed error, then the listener closes.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from forepage.errors import DependencyError, ForepageError, RequestError
+from forepage.gateway.admission import Admission
+from forepage.gateway.admitted_body import AdmittedBodyMiddleware
+from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
+from forepage.gateway.redis_workers import RedisWorkers
+from forepage.gateway.request_scope import RequestScopeMiddleware, request_scope
+from forepage.gateway.routes import OPERATIONS, make_router
+from forepage.gateway.start import Starter
+from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
+from forepage.settings import GatewaySettings, Settings, SettingsError
+from forepage.telemetry import Telemetry, open_logs, open_telemetry
+from forepage.text.tokenizer import Tokenizer
+
+CUT_TIMEOUT_S = 5
+"""How long answers may take to leave once they were ended."""
+
+
+def create_app(
+    settings: GatewaySettings,
+    *,
+    tokenizer: Tokenizer,
+    directory: WorkerDirectory,
+    admission: Admission,
+    telemetry: Telemetry,
+) -> FastAPI:
+    """The ASGI app; the caller owns and closes the parts."""
+    app = FastAPI(title="forepage", docs_url=None, redoc_url=None)
+    starter = Starter(settings, tokenizer, directory, telemetry)
+    app.include_router(make_router(starter, admission))
+    app.add_middleware(
+        AdmittedBodyMiddleware,
+        admission=admission,
+        max_body_bytes=settings.max_body_bytes,
+        operations=OPERATIONS,
+        telemetry=telemetry,
+    )
+    app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _unrouted)
+    return app
+
+
+async def run(
+    settings: Settings, stop: asyncio.Event, *, listening: Callable[[int], None] | None = None
+) -> None:
+    """Serve until `stop` is set, then drain. `listening` gets the port once it accepts.
+
+    Raises: DependencyError when the address can't be bound, ModelFormatError for a foreign tokenizer,
+    SettingsError when nothing says where workers are.
+    """
+    log = open_logs("gateway", settings.telemetry)
+    logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at DEBUG it logs every piece of every answer
+    ours = settings.gateway
+    tokenizer = Tokenizer.load(settings.model.path)
+    async with AsyncExitStack() as stack:
+        telemetry = open_telemetry(
+            "gateway", instance_id=f"{socket.gethostname()}-{os.getpid()}", prometheus=True
+        )
+        stack.callback(telemetry.close)
+        directory = WorkerDirectory(_worker_source(settings, telemetry), telemetry)
+        stack.push_async_callback(directory.close)
+        admission = Admission(ours.max_concurrent_requests)
+        app = create_app(
+            ours, tokenizer=tokenizer, directory=directory, admission=admission, telemetry=telemetry
+        )
+        listener = stack.enter_context(_listen(ours.host, ours.port))
+        port: int = listener.getsockname()[1]
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=CUT_TIMEOUT_S,
+            )
+        )
+        async with asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(directory.run(ours.worker_poll_s))
+            serving = tasks.create_task(server.serve(sockets=[listener]))
+            log.info("listening", host=ours.host, port=port)
+            if listening is not None:
+                listening(port)
+            await stop.wait()
+            log.info("draining", running=admission.running)
+            await _drain(admission, directory, ours.drain_timeout_s)
+            server.should_exit = True
+            await serving
+            polling.cancel()
+        log.info("stopped")
+
+
+async def _drain(admission: Admission, directory: WorkerDirectory, timeout_s: float) -> None:
+    admission.close()
+    if not await admission.wait_idle(timeout_s):
+        directory.cut_streams(DependencyError("this gateway is shutting down; try again", retry_after_s=1.0))
+        await admission.wait_idle(CUT_TIMEOUT_S)
+
+
+def _worker_source(settings: Settings, telemetry: Telemetry) -> WorkerSource:
+    if settings.gateway.worker_addresses:
+        return FixedWorkers(settings.gateway.worker_addresses)
+    if settings.redis_url is None:
+        raise SettingsError("the gateway needs FOREPAGE_GATEWAY__WORKER_ADDRESSES or FOREPAGE_REDIS_URL")
+    return RedisWorkers(settings.redis_url.get_secret_value(), settings.instance, telemetry)
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise DependencyError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    with listener:
+        yield listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: stopping is our caller's business."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+async def _invalid(request: Request, found: Exception) -> Response:
+    assert isinstance(found, RequestValidationError)
+    return _refused(request, error_of_validation(found.errors(), found.body))
+
+
+async def _unrouted(request: Request, found: Exception) -> Response:
+    assert isinstance(found, HTTPException)
+    error: ForepageError
+    if found.status_code == 404:
+        error = RouteError(f"there is no {request.url.path}")
+    elif found.status_code == 405:
+        error = MethodError(f"{request.method} is not allowed here")
+    else:
+        error = RequestError("the body could not be read as JSON")
+    return _refused(request, error, found.headers)
+
+
+def _refused(request: Request, error: ForepageError, headers: Mapping[str, str] | None = None) -> Response:
+    request_scope(request.scope).error = error
+    return error_response(error, headers)

@@ -1,0 +1,39 @@
+"""`usage.forepage`: the worker's residency report as plain JSON, and the request's wishes as a message."""
+
+import math
+from typing import Any
+
+from forepage.gateway.schemas import ResidencyFields
+from forepage.rpc import worker_pb2 as pb
+
+JsonScalar = str | int | float | bool | None
+MODE_PREFIX = "RESIDENCY_MODE_"
+
+
+def residency_usage(report: pb.ResidencyReport) -> dict[str, JsonScalar]:
+    """Every field by its name; what was not measured is None, a mode is its word."""
+    return {field.name: _plain(report, field) for field in report.DESCRIPTOR.fields}
+
+
+def residency_wish(fields: ResidencyFields | None) -> pb.Residency:
+    """What the request asks; unset means the worker's default."""
+    if fields is None:
+        return pb.Residency()
+    return pb.Residency(
+        mode=fields.mode and MODE_PREFIX + fields.mode.upper(),
+        min_recall=fields.min_recall,
+        budget_blocks=fields.budget_blocks,
+    )
+
+
+def _plain(report: pb.ResidencyReport, field: Any) -> JsonScalar:
+    if field.has_presence and not report.HasField(field.name):
+        return None
+    value = getattr(report, field.name)
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return None if known is None else str(known.name).removeprefix(MODE_PREFIX).lower()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None  # a 32-bit float has 7 digits
+    plain: JsonScalar = value
+    return plain

@@ -1,0 +1,135 @@
+"""The endpoints: bodies in, answers out; what happens between is in `start` and `answering`."""
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from opentelemetry.trace import Span, SpanKind
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from forepage.gateway.admission import Admission
+from forepage.gateway.answering import AnswerStream, while_connected
+from forepage.gateway.generation import Generation
+from forepage.gateway.replies import ChatCompletion, Completion, ErrorReply, ModelCard, ModelList, usage_of
+from forepage.gateway.request_scope import RequestScope, request_scope
+from forepage.gateway.schemas import ChatBody, GenerationBody, TextBody
+from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
+from forepage.gateway.start import Starter
+from forepage.telemetry import SpanName, fail_span
+
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}
+"""Paths that generate, by the operation names of the GenAI conventions."""
+
+_EVENTS = {"schema": {"type": "string", "description": "with stream: true, events of chunks, then [DONE]"}}
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
+
+
+def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
+    return {200: {"model": model, "content": {"text/event-stream": _EVENTS}}, **_ERRORS}
+
+
+def make_router(starter: Starter, admission: Admission) -> APIRouter:
+    """Every route, over one starter and its admission."""
+    router = APIRouter()
+    started = int(time.time())
+
+    @router.post(CHAT_PATH, response_model=None, responses=_answers(ChatCompletion))
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        """Answer a conversation."""
+        return await _answer(starter, request, body, ChatShape)
+
+    @router.post(TEXT_PATH, response_model=None, responses=_answers(Completion))
+    async def completions(request: Request, body: TextBody) -> Response:
+        """Continue a text or token ids."""
+        return await _answer(starter, request, body, TextShape)
+
+    @router.get("/v1/models")
+    async def models() -> ModelList:
+        """The models that some worker serves."""
+        served = starter.directory.models()
+        return ModelList(
+            data=[
+                ModelCard(id=item.model_name, created=started, max_model_len=item.max_context_tokens)
+                for item in served
+            ]
+        )
+
+    @router.get("/health/live")
+    async def live() -> dict[str, str]:
+        """This process answers."""
+        return {"status": "live"}
+
+    @router.get("/health/ready", responses={503: {"description": "draining, or no worker"}})
+    async def ready() -> JSONResponse:
+        """Whether requests are taken: a worker can be reached, and we are not draining."""
+        if admission.draining:
+            return JSONResponse({"status": "draining"}, 503)
+        if not starter.directory.ready:
+            return JSONResponse({"status": "no_worker"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus text."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/version")
+    async def show_version() -> dict[str, str]:
+        """The version of forepage."""
+        return {"version": version("forepage")}
+
+    return router
+
+
+async def _answer(
+    starter: Starter, request: Request, body: GenerationBody, shape_of: type[AnswerShape]
+) -> Response:
+    scope = request_scope(request.scope)
+    generation = await while_connected(request, _start(starter, body, scope))
+    shape = shape_of(
+        request_id=generation.request_id,
+        created=int(time.time()),
+        model=body.model,
+        fingerprint=generation.served.model_fingerprint,
+    )
+    if body.stream:
+        options = body.stream_options
+        return AnswerStream(
+            generation, shape, scope, with_usage=options is not None and bool(options.include_usage)
+        )
+    text = await while_connected(request, generation.whole_text())
+    usage = usage_of(generation.counts, generation.residency)
+    return JSONResponse(shape.whole(text, generation.finish_reason, usage).model_dump())
+
+
+async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) -> Generation:
+    """Start, and bind the generation's end to the request's."""
+    request, workers = await starter.prepare(body)
+    scope.model = body.model
+    span = starter.telemetry.start_span(
+        SpanName.GATEWAY_GENERATE,
+        scope.span,
+        kind=SpanKind.CLIENT,
+        operation=scope.operation or "",
+        request_model=body.model,
+        request_id=scope.request_id,
+    )
+    scope.stack.callback(_end_span, span, scope)
+    generation = await starter.start(request, workers, stops=body.stop or (), span=span)
+    scope.stack.callback(
+        generation.close,
+        starter.telemetry,
+        span,
+        operation=scope.operation or "",
+        arrived_s=scope.started_s,
+    )
+    return generation
+
+
+def _end_span(span: Span, scope: RequestScope) -> None:
+    if scope.error is not None:
+        fail_span(span, scope.error)
+    span.end()

@@ -1,0 +1,153 @@
+"""What a client may send, checked field by field; an error names the field that is wrong.
+
+Fields that OpenAI defines and we can't honour are refused unless they ask for nothing; fields that
+nobody defines are ignored, as OpenAI clients expect. Inside `forepage`, our own, they are refused.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from forepage.settings import ResidencyMode
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+INT32_MAX = 2**31 - 1
+
+
+def _off(value: Any) -> Any:
+    if value:
+        raise ValueError("not supported yet: leave it out")
+    return value
+
+
+def _absent(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("not supported yet: leave it out")
+    return value
+
+
+def _one_prompt(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        raise ValueError("one prompt a request: a string or a list of token ids")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _plain_text(value: Any) -> Any:
+    if value is not None and value != {"type": "text"}:
+        raise ValueError("only text is supported: leave it out")
+    return value
+
+
+Off = Annotated[Any, AfterValidator(_off)]
+Absent = Annotated[Any, AfterValidator(_absent)]
+TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class ResidencyFields(_Body):
+    """How this request's KV may be paged (`forepage`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Annotated[ResidencyMode, Field(strict=False)] | None = None
+    min_recall: float | None = Field(None, ge=0.0, le=1.0)
+    budget_blocks: int | None = Field(None, ge=1, le=INT32_MAX)
+
+
+class StreamOptions(_Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+
+
+class GenerationBody(_Body):
+    """What both endpoints take."""
+
+    prompt_field: ClassVar[str]
+
+    model: str = Field(min_length=1, max_length=256)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
+    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
+    stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    user: Any = None
+    ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
+    forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
+    cache_salt: str | None = Field(
+        None, max_length=256, description="extension: prefixes are shared only between equal salts"
+    )
+    frequency_penalty: Off = None
+    presence_penalty: Off = None
+    logit_bias: Off = None
+    logprobs: Absent = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Most tokens the client wants, if it said."""
+        return self.max_tokens
+
+
+class TextPart(_Body):
+    """A part of a message's content; only text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessageFields(_Body):
+    """A message; roles are checked where the chat layout is made."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: Off = None
+    function_call: Off = None
+
+    @property
+    def texts(self) -> str | list[str] | None:
+        """The content without its wrapping."""
+        return [part.text for part in self.content] if isinstance(self.content, list) else self.content
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions"""
+
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: list[ChatMessageFields] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    top_logprobs: Off = None
+    tools: Off = None
+    functions: Off = None
+    response_format: Annotated[Any, AfterValidator(_plain_text)] = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Most tokens the client wants; the newer name wins."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextBody(GenerationBody):
+    """POST /v1/completions"""
+
+    prompt_field: ClassVar[str] = "prompt"
+
+    prompt: Annotated[str | list[TokenId], Field(min_length=1), BeforeValidator(_one_prompt)]
+    best_of: Literal[1] | None = None
+    echo: Off = None
+    suffix: Off = None

@@ -1,0 +1,68 @@
+"""Lookahead scores of a whole history: for each block, how likely one of its entries will be needed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forepage.coldpool.records import SlotRef
+from forepage.index.key_store import MappedKeys, key_layout
+from forepage.kv.geometry import KvGeometry
+from forepage.model.memory_indexer import MemoryIndexer
+from forepage_kernels.memory_indexer import memory_indexer
+
+CHUNK_BLOCKS = 128
+"""Blocks scored at once: 8,192 keys, 4 MB a layer when decoded to fp32, which a CPU cache holds."""
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """One value a block: the highest probability among its entries and the target layers."""
+
+    scores: tuple[float, ...]  # 0 where no entry is above the threshold, or the block wasn't readable
+    num_scored: int  # blocks that were readable before and after
+
+
+class Scorer:
+    """Scores blocks straight from the arena with the memory indexer; used from several threads."""
+
+    def __init__(self, indexer: MemoryIndexer, geometry: KvGeometry) -> None:
+        self._indexer = indexer
+        self._layout = key_layout(geometry)
+
+    def score_blocks(
+        self,
+        keys: MappedKeys,
+        blocks: Sequence[SlotRef],
+        *,
+        hidden: Tensor,
+        position: int,
+        threshold: float,
+        check: Callable[[], None],
+    ) -> BlockScores:
+        """Score every block against the token's attention inputs; `check` may raise between chunks.
+
+        Shapes: hidden f32 [target layers, hidden]. A block whose slot changed hands, before or while its
+        keys were read, scores 0. Damaged keys (NaN) are never above a threshold.
+        Raises: RequestError for hidden states or a position the model refuses.
+        """
+        q, weights = self._indexer.queries(hidden, position)
+        before = keys.readable(blocks)  # bool [n]
+        offsets = keys.plane_offsets(blocks, before, self._indexer.target_layers)  # [n, L]
+        best: list[Tensor] = []
+        for start in range(0, len(blocks), CHUNK_BLOCKS):
+            check()
+            chunk = offsets[start : start + CHUNK_BLOCKS]  # [m, L]
+            entries = memory_indexer(
+                q.unsqueeze(0),
+                weights.unsqueeze(0),
+                keys.payloads,
+                layout=self._layout,
+                plane_offsets=chunk.unsqueeze(0),
+                threshold=threshold,
+            )  # [1, m * entries]
+            best.append(entries.view(-1, self._layout.entries).amax(dim=1))  # [m]
+        scored = before & keys.readable(blocks)
+        scores = torch.cat(best) * scored if best else torch.zeros(0)
+        return BlockScores(tuple(scores.tolist()), int(scored.sum()))

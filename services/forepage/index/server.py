@@ -1,0 +1,155 @@
+"""The index process: loads the memory indexer, maps the arena once there is one, serves until stopped."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+import torch
+from grpc_health.v1 import health_pb2
+
+from forepage.coldpool.arena import arena_path
+from forepage.errors import ForepageError
+from forepage.index.key_store import KeyStore
+from forepage.index.planner import Planner
+from forepage.index.publisher import PlanPublisher, open_redis, plan_stream
+from forepage.index.question import QuestionLimits
+from forepage.index.scorer import Scorer
+from forepage.index.servicer import LookaheadServicer
+from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.model.memory_indexer import MemoryIndexer
+from forepage.model.spec import ModelSpec, read_config
+from forepage.rpc.edge import serving
+from forepage.rpc.index_pb2_grpc import add_LookaheadIndexServicer_to_server
+from forepage.settings import IndexSettings, Settings
+from forepage.telemetry import Telemetry, open_logs, open_telemetry
+
+ARENA_POLL_S = 0.1
+FLUSH_S = 1.0
+_log = structlog.get_logger("forepage.index")
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until `stop`. Health says SERVING once an arena is mapped; until then questions get an error.
+
+    Raises: ModelFormatError for the model folder, DependencyError when the address can't be bound.
+    """
+    open_logs("index", settings.telemetry)
+    telemetry = open_telemetry(
+        "index", instance_id=settings.instance, metrics_port=settings.index.metrics_port
+    )
+    # Questions run beside each other instead: threads that share one wait for the slowest at every
+    # operation, which on a busy 2-core host made scoring 1M tokens 5 to 100 times slower.
+    torch.set_num_threads(1)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            await _serve(settings, stop, tasks, telemetry)
+    except ExceptionGroup as group:
+        ours, others = group.split(ForepageError)
+        if ours is not None and others is None:
+            raise ours.exceptions[0] from None  # why the process can't run, as its caller expects it
+        raise
+    finally:
+        telemetry.close()
+
+
+async def _serve(
+    settings: Settings,
+    stop: asyncio.Event,
+    tasks: asyncio.TaskGroup,
+    telemetry: Telemetry,
+) -> None:
+    async with _publishing(settings, tasks, telemetry) as publisher:
+        servicer, store = build_servicer(settings, publisher, telemetry)
+
+        def register(server: grpc.aio.Server) -> None:
+            add_LookaheadIndexServicer_to_server(servicer, server)
+
+        drain_s = settings.index.drain_timeout_s
+        async with serving(settings.index.listen, register, drain_s=drain_s) as (port, health):
+            await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+            _log.info("index listens", port=port)
+            mapping = tasks.create_task(_map_arena(store, health))
+            await stop.wait()
+            mapping.cancel()
+            servicer.drain()
+
+
+@asynccontextmanager
+async def _publishing(
+    settings: Settings,
+    tasks: asyncio.TaskGroup,
+    telemetry: Telemetry,
+) -> AsyncIterator[PlanPublisher | None]:
+    """A running publisher, or None without a Redis; on leaving, queued plans get a moment to go out."""
+    if settings.redis_url is None:
+        yield None
+        return
+    async with open_redis(settings.redis_url.get_secret_value()) as redis:
+        publisher = PlanPublisher(
+            redis,
+            stream=plan_stream(settings.instance),
+            maxlen=settings.index.plan_stream_maxlen,
+            telemetry=telemetry,
+        )
+        running = tasks.create_task(publisher.run())
+        try:
+            yield publisher
+            await publisher.flush(FLUSH_S)
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+
+
+async def _map_arena(store: KeyStore, health: Any) -> None:
+    """Look for the arena until it can be mapped, then say SERVING; each new reason is logged once."""
+    reason = ""
+    while True:
+        try:
+            keys = store.current()
+        except ForepageError as error:
+            if str(error) != reason:
+                reason = str(error)
+                _log.warning("no arena to read keys from yet", error=reason)
+            await asyncio.sleep(ARENA_POLL_S)
+        else:
+            await health.set("", health_pb2.HealthCheckResponse.SERVING)
+            _log.info("arena mapped", arena=keys.uuid)
+            return
+
+
+def build_servicer(
+    settings: Settings,
+    publisher: PlanPublisher | None,
+    telemetry: Telemetry,
+) -> tuple[LookaheadServicer, KeyStore]:
+    """Everything behind the stream, from the settings. Raises: ModelFormatError for the model folder."""
+    config = read_config(settings.model.path)
+    spec = ModelSpec.from_config(config)
+    geometry = KvGeometry.from_config(config, KvFormat(settings.model.kv_format))
+    device = torch.device(settings.index.device)
+    indexer = MemoryIndexer.load(settings.model.path, spec, geometry.format, device)
+    store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry)
+    limits = QuestionLimits.of_model(
+        spec,
+        geometry,
+        num_target_layers=len(indexer.target_layers),
+        threshold=_threshold(settings.index, indexer),
+    )
+    servicer = LookaheadServicer(
+        store,
+        Planner(Scorer(indexer, geometry), limits),
+        publisher=publisher,
+        telemetry=telemetry,
+        max_inflight=settings.index.max_inflight,
+        clock=time.monotonic,
+    )
+    return servicer, store
+
+
+def _threshold(settings: IndexSettings, indexer: MemoryIndexer) -> float:
+    """The one set by the operator, else the one the indexer was calibrated with."""
+    return settings.threshold if "threshold" in settings.model_fields_set else indexer.threshold

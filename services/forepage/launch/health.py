@@ -1,0 +1,93 @@
+"""Whether one of our processes answers: gRPC health, the gateway's readiness, PING of Valkey.
+
+Used by `forepage up` while it starts things and by `forepage healthy` inside containers. Never raises:
+not answering is the answer no.
+"""
+
+import asyncio
+import json
+from enum import StrEnum
+from pathlib import Path
+
+from forepage.settings import Settings
+
+READY_PATH = "/health/ready"
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]", "::": "::1"}
+
+
+class Role(StrEnum):
+    """The processes that `forepage <role>` runs."""
+
+    GATEWAY = "gateway"
+    INDEX = "index"
+    COLDPOOL = "coldpool"
+    WORKER = "worker"
+
+
+async def role_is_ready(role: Role, settings: Settings, *, timeout_s: float) -> bool:
+    """Whether the process of this role, on this host, takes work."""
+    if role is Role.GATEWAY:
+        return await _http_get(settings, READY_PATH, timeout_s=timeout_s) is not None
+    from forepage.rpc.edge import is_serving  # grpc costs 0.2 s: only where it is asked for
+
+    return await is_serving(dialable(listen_of(role, settings)), timeout_s=timeout_s)
+
+
+def listen_of(role: Role, settings: Settings) -> str:
+    """The host:port a role listens on."""
+    match role:
+        case Role.GATEWAY:
+            return f"{settings.gateway.host}:{settings.gateway.port}"
+        case Role.INDEX:
+            return settings.index.listen
+        case Role.COLDPOOL:
+            return settings.coldpool.listen
+        case Role.WORKER:
+            return settings.worker.listen
+
+
+def dialable(listen: str) -> str:
+    """An address to call for an address listened on: wildcards become loopback."""
+    host, colon, port = listen.rpartition(":") if not listen.startswith("::") else (listen, "", "")
+    if not colon:
+        return _LOOPBACK.get(listen, listen)
+    return f"{_LOOPBACK.get(host, host)}:{port}"
+
+
+async def served_models(settings: Settings, *, timeout_s: float) -> list[str]:
+    """Names of the models that the gateway serves; none if it does not say."""
+    body = await _http_get(settings, "/v1/models", timeout_s=timeout_s)
+    return [card["id"] for card in json.loads(body)["data"]] if body else []
+
+
+async def _http_get(settings: Settings, path: str, *, timeout_s: float) -> bytes | None:
+    """The body of the gateway's 200, else None; HTTP/1.0, so that it comes in one piece."""
+    host, port = dialable(settings.gateway.host), settings.gateway.port
+    request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n"
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, port)
+            head, _, body = (await _ask(reader, writer, request.encode())).partition(b"\r\n\r\n")
+    except (OSError, TimeoutError):
+        return None
+    return body if head.split(b" ", 2)[1:2] == [b"200"] else None
+
+
+async def valkey_is_ready(socket_path: Path, *, timeout_s: float) -> bool:
+    """Whether a Valkey or Redis server answers PING on this unix socket."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(str(socket_path))
+            return await _ask(reader, writer, b"PING\r\nQUIT\r\n") == b"+PONG\r\n+OK\r\n"
+    except (OSError, TimeoutError):
+        return False
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bytes:
+    """The answer, up to the end of the connection."""
+    try:
+        writer.write(request)
+        await writer.drain()
+        return await reader.read()
+    finally:
+        writer.close()

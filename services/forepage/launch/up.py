@@ -1,0 +1,138 @@
+"""`forepage up`: start, announce, watch, end in order, leave nothing behind.
+
+One task group owns every task. Stop: SIGTERM in reverse order of start, each child with its own drain
+timeout; a second signal hurries.
+"""
+
+import asyncio
+import json
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from forepage.launch.child import Child, ChildSpec, Patience
+from forepage.launch.child_log import follow_warnings
+from forepage.launch.health import dialable, served_models
+from forepage.launch.instance import LaunchError, instance_lock, remove_leftovers
+from forepage.launch.wiring import PROBE_TIMEOUT_S, check_ports, check_room, child_specs, placed
+from forepage.settings import Settings
+
+PATIENCE = Patience()
+SpecFactory = Callable[[Settings, Path], Sequence[ChildSpec]]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_METRICS_ROLES = ("worker", "index", "coldpool")
+
+
+def up(settings: Settings) -> None:
+    """Run until a signal. Raises: LaunchError, with nothing of ours left running."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    asyncio.run(run_up(settings, console=console))
+
+
+async def run_up(
+    settings: Settings,
+    *,
+    console: Console,
+    specs: SpecFactory = child_specs,
+    patience: Patience = PATIENCE,
+) -> None:
+    """`up` in a running loop; `specs` makes the children (tests bring their own)."""
+    shm_dir, instance = settings.coldpool.shm_dir, settings.instance
+    with instance_lock(shm_dir, instance):
+        settings = placed(settings)
+        check_ports(settings)
+        check_room(settings)
+        run_dir = Path(tempfile.mkdtemp(prefix=f"forepage-{instance}-"))
+        children = [
+            Child(spec, run_dir / f"{spec.name}.log", patience=patience, tell=console.print)
+            for spec in specs(settings, run_dir)
+        ]
+        console.print(f"logs: {run_dir}")
+        try:
+            await _supervise(children, settings=settings, console=console)
+        except ExceptionGroup as failures:
+            raise _first(failures) from failures
+        finally:
+            held = remove_leftovers(shm_dir, instance)
+            if held:
+                console.print(f"left in place, other processes hold them: {', '.join(map(str, held))}")
+    console.print(f"stopped; logs stay in {run_dir}")
+
+
+async def _supervise(children: Sequence[Child], *, settings: Settings, console: Console) -> None:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    _listen_for_signals(stop, hurry)
+    by_name = {child.spec.name: child for child in children}
+    async with asyncio.TaskGroup() as tasks:
+        lives = [
+            tasks.create_task(child.live([by_name[name] for name in child.spec.after if name in by_name]))
+            for child in children
+        ]
+        lives.append(tasks.create_task(_announce(children, settings, console)))
+        follows = [
+            tasks.create_task(follow_warnings(child.log_path, child.spec.name, console.print))
+            for child in children
+        ]
+        try:
+            await stop.wait()
+            console.print("stopping: streams may end; Ctrl-C again to hurry")
+        finally:
+            for task in lives:
+                task.cancel()
+            await asyncio.wait(lives)  # from here on nobody starts a child
+            for child in reversed(children):
+                await child.stop(hurry)
+            for task in follows:
+                task.cancel()
+
+
+def _listen_for_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
+
+
+async def _announce(children: Sequence[Child], settings: Settings, console: Console) -> None:
+    """Say what is being waited for (a terminal only), then what to do with the running system."""
+    with console.status("starting") as status:
+        waiting = list(children)
+        while waiting:
+            status.update("waiting for " + ", ".join(child.spec.name for child in waiting))
+            await waiting[0].ready.wait()
+            waiting = [child for child in waiting if not child.ready.is_set()]
+    models = await served_models(settings, timeout_s=PROBE_TIMEOUT_S)
+    console.print(_announcement(settings, model=models[0] if models else settings.model.path.name))
+
+
+def _announcement(settings: Settings, *, model: str) -> str:
+    host, port = dialable(settings.gateway.host), settings.gateway.port
+    url = f"http://{host}:{port}"
+    body = json.dumps(
+        {
+            "model": model,
+            "max_tokens": 32,
+            "messages": [{"role": "user", "content": "Hello"}],
+        }
+    )
+    ports = {role: getattr(settings, role).metrics_port for role in _METRICS_ROLES}
+    others = [f"{role} http://127.0.0.1:{number}/metrics" for role, number in ports.items() if number]
+    more = "; ".join(others) or "other processes: set FOREPAGE_<ROLE>__METRICS_PORT"
+    return (
+        f"\nforepage is up at {url}\n\n"
+        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
+        f"metrics: {url}/metrics ({more})\nCtrl-C stops everything.\n"
+    )
+
+
+def _first(failures: ExceptionGroup) -> Exception:
+    """Why the group ended: the first child that failed; a bug of ours goes up as it is."""
+    expected, unexpected = failures.split(LaunchError)
+    if unexpected is not None or expected is None:
+        return failures
+    error: Exception = expected
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,173 @@
+"""One layer's attention: sliding window plus compressed rows, one shared key-value head, grouped output.
+
+Keys and values are the same row and carry RoPE, so the output is rotated back at the query's position.
+Prefill and decode both attend the *stored* rows, decoded, the chunk's own included.
+Source: DeepSeek-V4 Attention (norms, per-head query norm without weight, sink, low-rank grouped output).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forepage.model.branch import C4Branch, C128Branch, DecodeRows, PrefillRows, Pulls, branch_of
+from forepage.model.dense_attention import attend_masked, tile_tokens, window_mask
+from forepage.model.indexer import IndexerTap
+from forepage.model.kv_pools import PoolLayers
+from forepage.model.norm import rms_norm, unit_rms
+from forepage.model.rope import Rotation
+from forepage.model.spec import ModelSpec
+from forepage.model.step import DecodeStep, PrefillStep, TokenRopes
+from forepage_kernels.compress_quantize import compress_quantize
+from forepage_kernels.gather_rows import gather_rows
+from forepage_kernels.layout import RowPool, load_rows
+from forepage_kernels.sparse_decode import sparse_decode
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One layer's attention output [n, D], and what its indexer selected and pulled, if it has one."""
+
+    out: Tensor
+    tap: IndexerTap | None = None
+    pulls: Pulls | None = None
+
+    def last(self) -> "Attended":
+        """The last token's alone."""
+        return Attended(self.out[-1:], None if self.tap is None else self.tap.last())
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights of one layer (H heads of d dims, G output groups) and its compressed branch, if any."""
+
+    layer: int
+    wq_a: Tensor  # [q_lora, D]
+    wq_b: Tensor  # [H * d, q_lora]
+    wkv: Tensor  # [d, D]
+    wo_a: Tensor  # [G, o_lora, H * d / G]
+    wo_b: Tensor  # [D, G * o_lora]
+    q_norm: Tensor  # [q_lora]
+    kv_norm: Tensor  # f32 [d]
+    sinks: Tensor  # f32 [H]
+    branch: C4Branch | C128Branch | None
+    spec: ModelSpec
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> "Attention":
+        """Read `layers.{layer}.attn.*`."""
+        prefix = f"layers.{layer}.attn."
+
+        def matrix(name: str) -> Tensor:
+            return weights[f"{prefix}{name}.weight"]
+
+        return cls(
+            layer=layer,
+            wq_a=matrix("wq_a"),
+            wq_b=matrix("wq_b"),
+            wkv=matrix("wkv"),
+            wo_a=matrix("wo_a").view(spec.o_groups, spec.o_lora_rank, -1),
+            wo_b=matrix("wo_b"),
+            q_norm=matrix("q_norm"),
+            kv_norm=matrix("kv_norm").float(),
+            sinks=weights[f"{prefix}attn_sink"].float(),
+            branch=branch_of(weights, layer, spec),
+            spec=spec,
+        )
+
+    def decode(self, x: Tensor, step: DecodeStep, pools: PoolLayers, arena: Tensor | None) -> Attended:
+        """x [B, D], one token of each sequence. No value is read back to the host."""
+        rope = self._rope(step.ropes)
+        q, latent = self._query(x, rope)
+        window = pools.window(self.layer)
+        self._store_window(x, rope, window, step.window_store)
+        if self.branch is None:
+            rows = DecodeRows(pool=None, slots=step.window_slots[:, :0].contiguous())
+        else:
+            rows = self.branch.decode(x, latent, step, pools, arena)
+        attended = sparse_decode(
+            q, rows.pool, rows.slots, window, step.window_slots, self.sinks, softmax_scale=self._scale
+        )
+        return Attended(self._output(attended, rope), rows.tap, rows.pulls)
+
+    def prefill(self, x: Tensor, step: PrefillStep, pools: PoolLayers) -> Attended:
+        """x [S, D], consecutive tokens of one sequence."""
+        rope = self._rope(step.ropes)
+        q, latent = self._query(x, rope)
+        window = self._window_rows(x, rope, step, pools)  # [before + S, d]
+        rows = None if self.branch is None else self.branch.prefill(x, latent, step, pools)
+        attended = self._attend_tiles(q, window, rows, step)
+        return Attended(self._output(attended, rope), None if rows is None else rows.tap)
+
+    def _attend_tiles(self, q: Tensor, window: Tensor, rows: PrefillRows | None, step: PrefillStep) -> Tensor:
+        """q [S, H, d] -> f32 [S, H, d], some tokens at a time, each tile over the rows it can see."""
+        num_tokens, width = q.shape[0], self.spec.window_tokens
+        first_row = step.start - (window.shape[0] - num_tokens)  # token of window[0]
+        tile = tile_tokens(self.spec.num_heads, width if rows is None else width + rows.rows.shape[0])
+        outputs = []
+        for first in range(0, num_tokens, tile):
+            last = min(first + tile, num_tokens)
+            start, end = step.start + first, step.start + last
+            oldest = max(start - width + 1, first_row)
+            seen = window[oldest - first_row : end - first_row]
+            mask = window_mask(start, end, oldest, width, device=q.device)
+            if rows is not None:
+                visible, compressed_mask = rows.visible(first, last, start=step.start)
+                seen, mask = torch.cat((visible, seen)), torch.cat((compressed_mask, mask), dim=1)
+            outputs.append(attend_masked(q[first:last], seen, mask, self.sinks, scale=self._scale))
+        return torch.cat(outputs)
+
+    @property
+    def _scale(self) -> float:
+        return float(self.spec.head_dim**-0.5)
+
+    def _rope(self, ropes: TokenRopes) -> Rotation:
+        return ropes.window if self.branch is None else ropes.compressed
+
+    def _query(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
+        """x [n, D] -> queries [n, H, d], and the normed latent [n, q_lora] that the indexer reads too."""
+        latent = rms_norm(F.linear(x, self.wq_a), self.q_norm, self.spec.norm_eps)
+        q = F.linear(latent, self.wq_b).view(x.shape[0], self.spec.num_heads, self.spec.head_dim)
+        q = rope.per_head().apply(unit_rms(q, self.spec.norm_eps))
+        return q.to(x.dtype), latent
+
+    def _window_rows(self, x: Tensor, rope: Rotation, step: PrefillStep, pools: PoolLayers) -> Tensor:
+        """Stored rows of the window before the chunk and of the chunk itself; the ring ends at its end.
+
+        The chunk may be longer than the ring, so its rows are made in a pool of their own and the last
+        ones are copied. Returns f32 [before + S, d].
+        """
+        ring, width = pools.window(self.layer), self.spec.window_tokens
+        first = step.slot * width
+        before = torch.arange(max(step.start - width + 1, 0), step.start, device=x.device)
+        old_rows = load_rows(ring, first + before % width)
+        num_planes = -(-step.num_tokens // width)
+        plane_bytes = pools.geometry.window_plane_bytes
+        chunk = RowPool(x.new_zeros(num_planes, plane_bytes, dtype=torch.uint8), 0, ring.layout)
+        places = torch.arange(step.num_tokens, device=x.device)
+        self._store_window(x, rope, chunk, places)
+        kept = places[-width:]
+        gather_rows(
+            ring,
+            chunk.bytes.flatten(),
+            slots=first + (step.start + kept) % width,
+            plane_offsets=kept // width * plane_bytes,
+            entries=kept % width,
+        )
+        return torch.cat((old_rows, load_rows(chunk, places)))
+
+    def _store_window(self, x: Tensor, rope: Rotation, pool: RowPool, slots: Tensor) -> None:
+        """Store the tokens' own rows: x [n, D], slots i64 [n]."""
+        kv = F.linear(x, self.wkv).float().unsqueeze(1)  # [n, 1, d]: a window of one token
+        gate = torch.zeros_like(kv)
+        dims, eps = self.spec.rope_dims, self.spec.norm_eps
+        compress_quantize(kv, gate, self.kv_norm, rope.cos, rope.sin, pool, slots, rope_dims=dims, eps=eps)
+
+    def _output(self, attended: Tensor, rope: Rotation) -> Tensor:
+        """attended [n, H, d] -> [n, D]: rotate back, then two low-rank products, the first per group."""
+        plain = rope.per_head().undo(attended).to(self.wo_a.dtype)
+        groups = plain.reshape(plain.shape[0], self.spec.o_groups, -1)  # [n, G, H * d / G]
+        latent = torch.einsum("ngi,gri->ngr", groups, self.wo_a)
+        return F.linear(latent.flatten(1), self.wo_b)

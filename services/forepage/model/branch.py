@@ -1,0 +1,171 @@
+"""The compressed rows a layer attends beside its window: top-k of a c4 layer, all of a c128 layer.
+
+A branch takes new tokens in, stores the entries they close, and says which rows to attend. Its order
+within a step is fixed: index keys, scores, rows, pulls; so the entry closed by a token competes for it.
+A selected row that isn't resident is pulled from the host arena into the sequence's staging blocks before
+attention reads it; the list of rows keeps its order, so the result is the same bits either way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvFormat, KvGeometry
+from forepage.model.compressor import Compressor
+from forepage.model.dense_attention import closed_mask, selection_mask
+from forepage.model.indexer import Indexer, IndexerTap
+from forepage.model.kv_pools import NOT_RESIDENT, DecodeBatch, PoolLayers, block_slots
+from forepage.model.spec import ModelSpec
+from forepage.model.step import DecodeStep, PrefillStep
+from forepage_kernels.gather_rows import gather_rows
+from forepage_kernels.layout import RowPool, load_rows
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """Rows a layer had to fetch: `pulled` i64 [B] came from the arena, `unserved` i64 [B] could not."""
+
+    pulled: Tensor
+    unserved: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """Rows to attend: slots i64 [B, K] of `pool` in ascending entry order, NOT_RESIDENT = none."""
+
+    pool: RowPool | None
+    slots: Tensor
+    tap: IndexerTap | None = None
+    pulls: Pulls | None = None
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """Every closed entry's stored row f32 [N, d]; `tap` narrows them per token in c4 layers."""
+
+    rows: Tensor
+    ratio: int
+    tap: IndexerTap | None = None
+
+    def visible(self, first: int, last: int, *, start: int) -> tuple[Tensor, Tensor]:
+        """Rows [n, d] and mask [T, n] for tokens first..last-1 of a chunk that starts at `start`."""
+        num_entries = (start + last) // self.ratio
+        if self.tap is None:
+            mask = closed_mask(start + first, start + last, self.ratio, device=self.rows.device)
+        else:
+            mask = selection_mask(self.tap.selected[first:last], num_entries)
+        return self.rows[:num_entries], mask
+
+
+@dataclass(frozen=True)
+class C4Branch:
+    """Compressor and indexer of the c4_idx-th c4 layer."""
+
+    c4_idx: int
+    compressor: Compressor
+    indexer: Indexer
+
+    def decode(
+        self, x: Tensor, latent: Tensor, step: DecodeStep, pools: PoolLayers, arena: Tensor | None
+    ) -> DecodeRows:
+        """x [B, D], latent [B, q_lora]: one token of each sequence."""
+        batch, keys, rows = step.batch, pools.keys(self.c4_idx), pools.rows(self.c4_idx)
+        at = {"slots": batch.slots, "positions": batch.positions}
+        self.indexer.compressor.decode(x, pools.key_state(self.c4_idx), step.new_keys.into(keys), **at)
+        ask = self.indexer.query(x, latent, step.ropes.compressed, rotated=_rotated(pools.geometry))
+        tap = self.indexer.select(ask, keys, block_table=batch.key_table, visible=step.c4_visible)
+        self.compressor.decode(x, pools.row_state(self.c4_idx), step.new_rows.into(rows), **at)
+        resident = block_slots(batch.row_table, tap.selected.clamp(min=0), BLOCK_ENTRIES)
+        resident = torch.where(tap.selected >= 0, resident, NOT_RESIDENT)
+        plane_offset = self.c4_idx * pools.geometry.rows_plane_bytes
+        slots, pulls = _pull_absent(tap.selected, resident, batch, rows, arena, plane_offset)
+        return DecodeRows(pool=rows, slots=slots, tap=tap, pulls=pulls)
+
+    def prefill(self, x: Tensor, latent: Tensor, step: PrefillStep, pools: PoolLayers) -> PrefillRows:
+        """x [S, D], latent [S, q_lora]: consecutive tokens of one sequence."""
+        keys, rows = pools.keys(self.c4_idx), pools.rows(self.c4_idx)
+        key_state, row_state = pools.key_state(self.c4_idx), pools.row_state(self.c4_idx)
+        new_keys, new_rows = step.new_keys.into(keys), step.new_rows.into(rows)
+        self.indexer.compressor.prefill(x, key_state[step.slot], new_keys, start=step.start)
+        ask = self.indexer.query(x, latent, step.ropes.compressed, rotated=_rotated(pools.geometry))
+        tap = self.indexer.select_prefill(ask, keys, slots=step.key_slots, start=step.start)
+        self.compressor.prefill(x, row_state[step.slot], new_rows, start=step.start)
+        return PrefillRows(load_rows(rows, step.row_slots), C4_RATIO, tap)
+
+
+@dataclass(frozen=True)
+class C128Branch:
+    """Compressor of the c128_idx-th c128 layer."""
+
+    c128_idx: int
+    compressor: Compressor
+
+    def decode(
+        self, x: Tensor, latent: Tensor, step: DecodeStep, pools: PoolLayers, arena: Tensor | None
+    ) -> DecodeRows:
+        """As C4Branch.decode; c128 rows never leave the GPU, so nothing is selected or pulled."""
+        del latent, arena
+        batch, rows = step.batch, pools.c128(self.c128_idx)
+        state, new = pools.c128_state(self.c128_idx), step.new_c128.into(rows)
+        self.compressor.decode(x, state, new, slots=batch.slots, positions=batch.positions)
+        return DecodeRows(pool=rows, slots=step.c128_slots)
+
+    def prefill(self, x: Tensor, latent: Tensor, step: PrefillStep, pools: PoolLayers) -> PrefillRows:
+        """As C4Branch.prefill, without selection."""
+        del latent
+        rows = pools.c128(self.c128_idx)
+        state, new = pools.c128_state(self.c128_idx)[step.slot], step.new_c128.into(rows)
+        self.compressor.prefill(x, state, new, start=step.start)
+        return PrefillRows(load_rows(rows, step.c128_slots), C128_RATIO)
+
+
+def branch_of(weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> C4Branch | C128Branch | None:
+    """The branch of a layer, by its compress ratio; None for window-only layers."""
+    ratio, prefix = spec.compress_ratios[layer], f"layers.{layer}.attn."
+    if ratio == 0:
+        return None
+    compressor = Compressor.from_weights(weights, f"{prefix}compressor.", ratio, spec)
+    if ratio == C128_RATIO:
+        return C128Branch(spec.c128_layers.index(layer), compressor)
+    indexer = Indexer.from_weights(weights, f"{prefix}indexer.", spec)
+    return C4Branch(spec.c4_layers.index(layer), compressor, indexer)
+
+
+def _rotated(geometry: KvGeometry) -> bool:
+    """Whether stored keys are Hadamard-rotated, so queries must be."""
+    return geometry.format is KvFormat.FP8
+
+
+def _pull_absent(
+    selected: Tensor,
+    resident: Tensor,
+    batch: DecodeBatch,
+    pool: RowPool,
+    arena: Tensor | None,
+    plane_offset: int,
+) -> tuple[Tensor, Pulls]:
+    """Fetch selected rows that aren't resident: the j-th of the list goes to place j of the staging blocks.
+
+    Shapes: selected and resident (their slots) i64 [B, k] -> slots i64 [B, k]. `plane_offset` is where the
+    layer's rows begin in a block record.
+    """
+    absent = (selected >= 0) & (resident < 0)  # [B, k]
+    if arena is None:
+        return resident, Pulls(pulled=torch.zeros_like(batch.slots), unserved=absent.sum(1))
+    places = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
+    staged = block_slots(batch.staging, places, BLOCK_ENTRIES)  # [B, k]
+    entries = selected.clamp(min=0)
+    records = batch.arena_offsets.gather(1, entries // BLOCK_ENTRIES)  # [B, k]
+    pullable = absent & (staged >= 0) & (records >= 0)
+    slots = torch.where(pullable, staged, NOT_RESIDENT)
+    gather_rows(
+        pool,
+        arena,
+        slots=slots.flatten(),
+        plane_offsets=(records + plane_offset).flatten(),
+        entries=(entries % BLOCK_ENTRIES).flatten(),
+    )
+    pulls = Pulls(pulled=pullable.sum(1), unserved=(absent & ~pullable).sum(1))
+    return torch.where(pullable, staged, resident), pulls

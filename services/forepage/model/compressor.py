@@ -1,0 +1,157 @@
+"""Token-level compressor: pools every 4 (or 128) tokens into one entry and stores it in a block pool.
+
+Ratio 4 overlaps: each token gives an A half, for the next window's entry, and a B half, for its own;
+entry w pools the A halves of tokens 4(w-1)..4w-1 and the B halves of 4w..4w+3 in one per-channel softmax.
+Ratio 128 pools its own 128 tokens. The raw (kv, gate) of tokens that will be read again live in a ring
+of fp32 state per sequence. Everything up to the stored row is fp32.
+Source: DeepSeek-V4 compressor; the position bias (`ape`) is indexed by the token's place in its window.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forepage.kv.geometry import C4_RATIO
+from forepage.model.rope import Rotation
+from forepage.model.spec import ModelSpec
+from forepage_kernels.compress_quantize import compress_quantize
+from forepage_kernels.layout import KeyPool, RowPool
+
+KV, GATE = 0, 1
+"""The two planes of a token's state."""
+
+
+@dataclass(frozen=True)
+class EntryTarget:
+    """Where new entries go: pool slots i64 [n] (negative: computed but not stored) and their rotation."""
+
+    pool: RowPool | KeyPool
+    slots: Tensor
+    rope: Rotation
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """One compressor's weights, fp32; C channels per token: 2 * dims when windows overlap, else dims."""
+
+    w_kv_gate: Tensor  # [2 * C, D]
+    position_bias: Tensor  # [ratio, C]
+    norm: Tensor  # [dims]
+    ratio: int
+    spec: ModelSpec
+
+    @classmethod
+    def from_weights(
+        cls, weights: Mapping[str, Tensor], prefix: str, ratio: int, spec: ModelSpec
+    ) -> "Compressor":
+        """Read `{prefix}wkv`, `wgate`, `norm` and `ape`."""
+        projections = [weights[f"{prefix}{name}.weight"].float() for name in ("wkv", "wgate")]
+        return cls(
+            w_kv_gate=torch.cat(projections),
+            position_bias=weights[f"{prefix}ape"].float(),
+            norm=weights[f"{prefix}norm.weight"].float(),
+            ratio=ratio,
+            spec=spec,
+        )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether an entry also pools the window before its own."""
+        return self.ratio == C4_RATIO
+
+    @property
+    def dims(self) -> int:
+        """Dims of an entry."""
+        return self.norm.shape[0]
+
+    def decode(
+        self, x: Tensor, state: Tensor, target: EntryTarget, *, slots: Tensor, positions: Tensor
+    ) -> None:
+        """Take one token per sequence; store the entry of each whose window it closes.
+
+        Every row computes an entry (no data-dependent shapes); `target.slots` is negative where none closed.
+        Shapes: x [B, D], state f32 [num_slots, 2, ring, C], slots and positions i64 [B].
+        """
+        ring = state.shape[2]
+        state[slots, :, positions % ring] = self._project(x, positions)  # [B, 2, C]
+        kv, gate = (self._closing_window(state[:, plane], slots, positions) for plane in (KV, GATE))
+        if self.overlaps:
+            # Entry 0 has no previous window: its places hold nothing, whatever the ring has there.
+            void = ((positions < self.ratio)[:, None] & self._is_previous(positions.device)).unsqueeze(-1)
+            kv, gate = kv.masked_fill(void, 0.0), gate.masked_fill(void, float("-inf"))
+        self._store(kv, gate, target)
+
+    def prefill(self, x: Tensor, state: Tensor, target: EntryTarget, *, start: int) -> None:
+        """Take consecutive tokens of one sequence; store every entry they close.
+
+        Shapes: x [S, D], state f32 [2, ring, C] of the sequence; `target` holds one slot per closed entry.
+        """
+        ring, num_tokens = state.shape[1], x.shape[0]
+        positions = torch.arange(start, start + num_tokens, device=x.device)
+        tokens = self._project(x, positions)  # [S, 2, C]
+        if num_entries := target.slots.shape[0]:
+            history = torch.cat((self._open_tokens(state, start), tokens))  # [open + S, 2, C]
+            windows = self._windows(history, num_entries)  # [n, W, 2, dims]
+            self._store(windows[:, :, KV].contiguous(), windows[:, :, GATE].contiguous(), target)
+        kept = slice(max(num_tokens - ring, 0), num_tokens)
+        state[:, positions[kept] % ring] = tokens[kept].transpose(0, 1)
+
+    def _project(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [n, D] -> (kv, gate with position bias) f32 [n, 2, C]."""
+        kv, gate = F.linear(x.float(), self.w_kv_gate).chunk(2, dim=-1)
+        return torch.stack((kv, gate + self.position_bias[positions % self.ratio]), dim=1)
+
+    def _closing_window(self, plane: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """The tokens that positions' entries pool, in order: plane [num_slots, ring, C] -> [B, W, dims]."""
+        if not self.overlaps:
+            return plane[slots]  # [B, ratio, dims]
+        halves = plane.view(plane.shape[0], 2, self.ratio, -1)  # even windows, odd windows
+        parity = positions // self.ratio % 2
+        previous = halves[slots, 1 - parity][..., : self.dims]  # [B, ratio, dims]: A
+        current = halves[slots, parity][..., self.dims :]  # B
+        return torch.cat((previous, current), dim=1)
+
+    def _is_previous(self, device: torch.device) -> Tensor:
+        """bool [W]: which places of a window belong to the one before."""
+        return torch.arange(2 * self.ratio, device=device) < self.ratio
+
+    def _open_tokens(self, state: Tensor, start: int) -> Tensor:
+        """State of the tokens before `start` that later entries pool: [open, 2, C].
+
+        That is the open window and, when windows overlap, the whole one before it (void before token 0).
+        """
+        ring = state.shape[1]
+        first = start - start % self.ratio - (self.ratio if self.overlaps else 0)
+        places = torch.arange(max(first, 0), start, device=state.device) % ring
+        open_tokens = state[:, places].transpose(0, 1)  # [open, 2, C]
+        if first >= 0:
+            return open_tokens
+        void = state.new_zeros(-first, 2, state.shape[2])
+        void[:, GATE] = float("-inf")
+        return torch.cat((void, open_tokens))
+
+    def _windows(self, history: Tensor, num_entries: int) -> Tensor:
+        """Tokens from the first pooled one on -> what each entry pools: [n, W, 2, dims]."""
+        span = num_entries * self.ratio
+        shape = (num_entries, self.ratio, 2, history.shape[-1])
+        if not self.overlaps:
+            return history[:span].view(shape)
+        previous = history[:span].view(shape)[..., : self.dims]
+        current = history[self.ratio : span + self.ratio].view(shape)[..., self.dims :]
+        return torch.cat((previous, current), dim=1)
+
+    def _store(self, kv: Tensor, gate: Tensor, target: EntryTarget) -> None:
+        compress_quantize(
+            kv,
+            gate,
+            self.norm,
+            target.rope.cos,
+            target.rope.sin,
+            target.pool,
+            target.slots,
+            rope_dims=self.spec.rope_dims,
+            eps=self.spec.norm_eps,
+        )

@@ -1,0 +1,28 @@
+"""What makes two workers' KV interchangeable: a digest of config, weights and KV format."""
+
+import hashlib
+from pathlib import Path
+
+from forepage.kv.geometry import KvFormat
+
+LAYOUT_VERSION = 1
+"""Of the block records' content; another version's blocks are never reused."""
+HEAD_BYTES = 1 << 20
+
+
+def model_fingerprint(folder: Path, kv_format: KvFormat) -> str:
+    """Hex digest over config.json and each weight file's name, size, first and last MiB.
+
+    Reading whole checkpoints (160 GB) at every start would cost minutes; a safetensors header names
+    every tensor with its offsets, so a swapped file differs there or in its size.
+    """
+    state = hashlib.blake2b(f"forepage-{LAYOUT_VERSION}-{kv_format}".encode(), digest_size=16)
+    state.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        state.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            state.update(file.read(HEAD_BYTES))
+            file.seek(max(0, size - HEAD_BYTES))
+            state.update(file.read(HEAD_BYTES))
+    return state.hexdigest()

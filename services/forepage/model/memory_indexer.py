@@ -1,0 +1,250 @@
+"""The memory indexer's query side: from the model's attention inputs to queries over its own indexer keys.
+
+One small scorer for each target c4 layer, trained beside a frozen model: the same graph as the model's
+own indexer, but it predicts what the *next interval* will select. The key side is the model's stored keys,
+untouched; `forepage_kernels.memory_indexer` scores them. The index computes queries here, the worker only
+reads which layers to tap. Source of graph and tensor names: FlashMemory-DeepSeek-V4 (released retriever).
+
+memory_indexer.json beside the model:
+    target_layers   indices into the c4 layers, ascending
+    heads, rank     sizes; needed with `seed`, else checked against the tensors where given
+    threshold       an entry is wanted above this probability
+    seed            makes weights when there is no memory_indexer.safetensors
+Tensors: retrievers.l{c4_idx}.{wq_a.weight [R, D], q_norm_weight [R], wq_b.weight [H * Di, R],
+weights_proj.weight [H, D]}.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from forepage.errors import ModelFormatError, RequestError
+from forepage.kv.geometry import KvFormat
+from forepage.model.norm import rms_norm
+from forepage.model.rope import rotation, yarn_frequencies
+from forepage.model.spec import ModelSpec
+from forepage_kernels.layout import hadamard
+
+CONFIG_NAME = "memory_indexer.json"
+WEIGHTS_NAME = "memory_indexer.safetensors"
+PREFIX = "retrievers"
+ROPE_TABLE_NAME = "freqs_cis"
+"""A buffer that released checkpoints carry; recomputed here with the model's recipe, as everywhere."""
+_FIELDS = {"target_layers", "heads", "rank", "threshold", "seed"}
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """What memory_indexer.json says."""
+
+    target_layers: tuple[int, ...]
+    threshold: float
+    heads: int | None
+    rank: int | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class ScorerWeights:
+    """One target layer's tensors, fp32."""
+
+    wq_a: Tensor  # [R, D]
+    q_norm: Tensor  # [R]
+    wq_b: Tensor  # [H * Di, R]
+    weights_proj: Tensor  # [H, D]
+
+
+class MemoryIndexer:
+    """Queries of every target layer for one token; immutable once made."""
+
+    def __init__(
+        self, spec: ModelSpec, config: IndexerConfig, tensors: Mapping[str, Tensor], *, kv_format: KvFormat
+    ) -> None:
+        """Raises: ModelFormatError naming a tensor that is missing, unexpected or misshapen."""
+        self.target_layers = config.target_layers
+        self.threshold = config.threshold
+        self.hidden_size = spec.hidden_size
+        self.max_position = spec.max_position
+        self._index_dims = spec.index_dims
+        self._norm_eps = spec.norm_eps
+        self._rotates = kv_format is KvFormat.FP8
+        self._scorers = _scorers(spec, config, tensors)
+        self.heads = self._scorers[0].weights_proj.shape[0]
+        frequencies = yarn_frequencies(spec.rope_dims, spec.compress_rope_theta, spec.yarn)
+        self._frequencies = frequencies.to(self._scorers[0].wq_a.device)
+
+    @classmethod
+    def load(
+        cls, folder: Path, spec: ModelSpec, kv_format: KvFormat, device: torch.device
+    ) -> "MemoryIndexer":
+        """Read the folder's tensors, or seed when it has none and the config names a seed.
+
+        Raises: ModelFormatError naming the file, and the field or tensor, that is wrong.
+        """
+        config = read_indexer_config(folder, spec)
+        path = folder / WEIGHTS_NAME
+        if path.exists():
+            tensors = _read_tensors(path, device)
+        elif config.seed is not None:
+            tensors = {name: tensor.to(device) for name, tensor in seeded_tensors(spec, config).items()}
+        else:
+            raise ModelFormatError(f"{folder}: no {WEIGHTS_NAME}, and {CONFIG_NAME} has no seed")
+        return cls(spec, config, tensors, kv_format=kv_format)
+
+    def queries(self, hidden: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Queries and head weights of the token at `position` (0-based), ready for stored keys.
+
+        Shapes: hidden f32 [L, D], the attention inputs (after attn_norm) at the target layers ->
+        q f32 [L, H, Di] (values of bf16 precision before rotation), weights f32 [L, H].
+        Raises: RequestError for another shape, values that are not finite, or a position the model
+        lacks: an angle clamped to the table's end would score silently wrong.
+        """
+        self._check(hidden, position)
+        turn = rotation(torch.tensor(position, device=hidden.device), self._frequencies)  # cos, sin [rope/2]
+        queries, weights = [], []
+        for x, scorer in zip(hidden.float(), self._scorers, strict=True):  # x [D]
+            latent = rms_norm(x @ scorer.wq_a.T, scorer.q_norm, self._norm_eps)  # [R]
+            q = (latent @ scorer.wq_b.T).view(self.heads, self._index_dims)
+            queries.append(turn.apply(q.to(torch.bfloat16)))  # rounded before and after, as in serving
+            weights.append((x @ scorer.weights_proj.T) * self._index_dims**-0.5 * self.heads**-0.5)
+        q = torch.stack(queries).float()  # [L, H, Di]
+        return (hadamard(q) if self._rotates else q), torch.stack(weights)
+
+    def _check(self, hidden: Tensor, position: int) -> None:
+        wanted = (len(self.target_layers), self.hidden_size)
+        if tuple(hidden.shape) != wanted:
+            raise RequestError(f"hidden: shape {list(hidden.shape)}, wanted {list(wanted)}", param="hidden")
+        if not bool(torch.isfinite(hidden).all()):
+            raise RequestError("hidden: holds values that are not finite", param="hidden")
+        if not 0 <= position < self.max_position:
+            raise RequestError(
+                f"position: {position} is outside the model's 0..{self.max_position - 1}", param="position"
+            )
+
+
+def read_indexer_config(folder: Path, spec: ModelSpec) -> IndexerConfig:
+    """Parse `folder`/memory_indexer.json. Raises: ModelFormatError naming the field."""
+    path = folder / CONFIG_NAME
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFormatError(f"{path}: can't read the memory indexer's config: {error}") from error
+    if not isinstance(body, dict):
+        raise ModelFormatError(f"{path}: must hold a JSON object")
+    unknown = sorted(set(body) - _FIELDS)
+    if unknown:
+        raise ModelFormatError(f"{path}: {unknown[0]} is not a known field")
+    threshold = body.get("threshold")
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+        raise ModelFormatError(f"{path}: threshold must be a number in 0..1, got {threshold!r}")
+    return IndexerConfig(
+        target_layers=_target_layers(path, body.get("target_layers"), len(spec.c4_layers)),
+        threshold=float(threshold),
+        heads=_count(path, body, "heads"),
+        rank=_count(path, body, "rank"),
+        seed=_count(path, body, "seed", least=0),
+    )
+
+
+def seeded_tensors(spec: ModelSpec, config: IndexerConfig) -> dict[str, Tensor]:
+    """Tensors of an indexer nobody trained, the same bits on every machine.
+
+    Raises: ModelFormatError when the config lacks seed, heads or rank.
+    """
+    if config.seed is None or config.heads is None or config.rank is None:
+        raise ModelFormatError(f"{CONFIG_NAME}: seeded weights need seed, heads and rank")
+    generator = torch.Generator(device="cpu").manual_seed(config.seed)
+    tensors: dict[str, Tensor] = {}
+    for layer in config.target_layers:
+        for name, shape in (
+            ("wq_a.weight", (config.rank, spec.hidden_size)),
+            ("wq_b.weight", (config.heads * spec.index_dims, config.rank)),
+            ("weights_proj.weight", (config.heads, spec.hidden_size)),
+        ):
+            # Uniform, not normal: rand is exact integer arithmetic on every CPU.
+            uniform = torch.rand(shape, generator=generator) * 2 - 1
+            tensors[f"{PREFIX}.l{layer}.{name}"] = uniform * math.sqrt(3 / shape[1])
+        tensors[f"{PREFIX}.l{layer}.q_norm_weight"] = torch.ones(config.rank)
+    return tensors
+
+
+def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Every tensor of the file but RoPE tables, fp32. Raises: ModelFormatError."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(f".{ROPE_TABLE_NAME}"):
+                    continue
+                tensor = file.get_tensor(name)
+                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                    raise ModelFormatError(f"{path}: {name} is {tensor.dtype}, wanted float32 or bfloat16")
+                tensors[name] = tensor.to(device, torch.float32)
+    except (OSError, SafetensorError) as error:
+        raise ModelFormatError(f"{path}: can't read: {error}") from error
+    return tensors
+
+
+def _scorers(
+    spec: ModelSpec, config: IndexerConfig, tensors: Mapping[str, Tensor]
+) -> tuple[ScorerWeights, ...]:
+    """The config's layers out of `tensors`, nothing more or less; heads and rank read off the shapes."""
+    rest = dict(tensors)
+    scorers = tuple(_scorer(spec, f"{PREFIX}.l{layer}.", rest) for layer in config.target_layers)
+    if rest:
+        raise ModelFormatError(f"memory indexer: unexpected tensor {sorted(rest)[0]}")
+    for what, wanted, found in (
+        ("heads", config.heads, {scorer.weights_proj.shape[0] for scorer in scorers}),
+        ("rank", config.rank, {scorer.wq_a.shape[0] for scorer in scorers}),
+    ):
+        if len(found) != 1 or wanted not in (None, *found):
+            raise ModelFormatError(
+                f"memory indexer: {what} {sorted(found)} in the tensors, {wanted} expected"
+            )
+    return scorers
+
+
+def _scorer(spec: ModelSpec, prefix: str, rest: dict[str, Tensor]) -> ScorerWeights:
+    """Take one layer's tensors out of `rest`."""
+    found: dict[str, Tensor] = {}
+    for name in ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight"):
+        if prefix + name not in rest:
+            raise ModelFormatError(f"memory indexer: tensor {prefix}{name} is missing")
+        found[name] = rest.pop(prefix + name)
+    rank, heads = found["wq_a.weight"].shape[0], found["weights_proj.weight"].shape[0]
+    for name, shape in (
+        ("wq_a.weight", (rank, spec.hidden_size)),
+        ("q_norm_weight", (rank,)),
+        ("wq_b.weight", (heads * spec.index_dims, rank)),
+        ("weights_proj.weight", (heads, spec.hidden_size)),
+    ):
+        if tuple(found[name].shape) != shape:
+            raise ModelFormatError(
+                f"memory indexer: {prefix}{name} has shape {tuple(found[name].shape)}, wanted {shape}"
+            )
+    return ScorerWeights(*found.values())
+
+
+def _target_layers(path: Path, value: object, num_c4: int) -> tuple[int, ...]:
+    if isinstance(value, list) and value:
+        valid = {layer for layer in value if type(layer) is int and 0 <= layer < num_c4}
+        if value == sorted(valid):
+            return tuple(value)
+    raise ModelFormatError(
+        f"{path}: target_layers must list c4 indices 0..{num_c4 - 1}, ascending, got {value!r}"
+    )
+
+
+def _count(path: Path, body: Mapping[str, object], name: str, least: int = 1) -> int | None:
+    if name not in body:
+        return None
+    value = body[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ModelFormatError(f"{path}: {name} must be an integer >= {least}, got {value!r}")
+    return value

@@ -1,0 +1,181 @@
+"""DeepSeek-V4: embedding, layers joined by hyper-connections, head. The model's only public entry.
+
+`prefill` takes consecutive tokens of one sequence, `decode` one token of each of many; both write the
+sequences' rows, keys, windows and compressor state into the caller's pools. Nothing is kept here but
+weights, so any sequence can continue on any transformer of the same weights and geometry. `decode` reads
+nothing back to the host and allocates shapes from its arguments only, so it can be captured in a graph.
+Call both under `torch.inference_mode`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forepage.errors import ModelFormatError
+from forepage.kv.geometry import KvGeometry
+from forepage.model.attention import Attended, Attention
+from forepage.model.hyper_connections import HyperConnection, HyperHead, expand
+from forepage.model.indexer import IndexerTap
+from forepage.model.kv_pools import DecodeBatch, KvPools, PoolLayers, PrefillChunk
+from forepage.model.moe import MixtureOfExperts
+from forepage.model.norm import rms_norm
+from forepage.model.rope import RopeFrequencies
+from forepage.model.spec import ModelSpec
+from forepage.model.step import DecodeStep, PrefillStep
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gives for each of its B tokens (prefill: the last one, or all)."""
+
+    logits: Tensor  # f32 [B, vocab]
+    hidden: Tensor  # f32 [B, L, D] attention inputs (after attn_norm) at the target layers
+    indexer: list[IndexerTap]  # per c4 layer
+    pulled_rows: Tensor  # i64 [B] rows pulled from the arena, all layers together
+    unserved_rows: Tensor  # i64 [B] selected rows that were neither resident nor pullable: 0 in a sound step
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    attn_norm: Tensor
+    ffn_norm: Tensor
+    attn_streams: HyperConnection
+    ffn_streams: HyperConnection
+    attention: Attention
+    moe: MixtureOfExperts
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> "Layer":
+        """Read `layers.{layer}.*`."""
+        prefix = f"layers.{layer}."
+        return cls(
+            attn_norm=weights[f"{prefix}attn_norm.weight"],
+            ffn_norm=weights[f"{prefix}ffn_norm.weight"],
+            attn_streams=HyperConnection.from_weights(weights, f"{prefix}hc_attn", spec),
+            ffn_streams=HyperConnection.from_weights(weights, f"{prefix}hc_ffn", spec),
+            attention=Attention.from_weights(weights, layer, spec),
+            moe=MixtureOfExperts.from_weights(weights, f"{prefix}ffn.", spec),
+        )
+
+
+class Transformer:
+    """A model's weights, ready to run. `target_layers` are the layers whose attention inputs are returned."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        geometry: KvGeometry,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        target_layers: Sequence[int] = (),
+    ) -> None:
+        """`weights` as `load_or_seed` gives them. Raises: ModelFormatError for another model's geometry."""
+        _check_geometry(spec, geometry)
+        self.spec = spec
+        self.geometry = geometry
+        self.device = device
+        self.target_layers = tuple(target_layers)
+        self._frequencies = RopeFrequencies.from_spec(spec, device)
+        self._embedding = weights["embed.weight"]
+        self._layers = [Layer.from_weights(weights, layer, spec) for layer in range(spec.num_layers)]
+        self._hyper_head = HyperHead.from_weights(weights, spec)
+        self._norm = weights["norm.weight"]
+        self._head = weights["head.weight"].float()
+
+    def decode(self, tokens: Tensor, batch: DecodeBatch, pools: KvPools, arena: Tensor | None) -> StepOutput:
+        """Process token i64 [B] of each sequence; `arena` u8 [A] is read where rows must be pulled."""
+        step = DecodeStep.plan(batch, self.geometry, self._frequencies)
+        layers = PoolLayers(self.geometry, pools)
+        record = _Record(self.target_layers, tokens)
+        streams = self._embed(tokens)  # [B, S, D]
+        for layer_idx, layer in enumerate(self._layers):
+            x, mix = layer.attn_streams.collapse(streams)
+            x = rms_norm(x, layer.attn_norm, self.spec.norm_eps)
+            attended = layer.attention.decode(x, step, layers, arena)
+            record.add(layer_idx, x, attended)
+            streams = expand(attended.out, streams, mix)
+            streams = self._feed_forward(layer, streams, tokens)
+        return record.output(self._logits(streams))
+
+    def prefill(
+        self, tokens: Tensor, chunk: PrefillChunk, pools: KvPools, *, all_logits: bool = False
+    ) -> StepOutput:
+        """Process tokens i64 [S] of one sequence; the output is the last token's, or every token's."""
+        step = PrefillStep.plan(chunk, tokens.shape[0], self.geometry, self._frequencies)
+        layers = PoolLayers(self.geometry, pools)
+        wanted = slice(None) if all_logits else slice(-1, None)
+        record = _Record(self.target_layers, tokens[wanted])
+        streams = self._embed(tokens)  # [S, streams, D]
+        for layer_idx, layer in enumerate(self._layers):
+            x, mix = layer.attn_streams.collapse(streams)
+            x = rms_norm(x, layer.attn_norm, self.spec.norm_eps)
+            attended = layer.attention.prefill(x, step, layers)
+            record.add(layer_idx, x[wanted], attended if all_logits else attended.last())
+            streams = expand(attended.out, streams, mix)
+            streams = self._feed_forward(layer, streams, tokens)
+        return record.output(self._logits(streams[wanted]))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Every stream starts as the token's embedding: [n] -> [n, S, D]."""
+        return F.embedding(tokens, self._embedding).unsqueeze(1).repeat(1, self.spec.hc_mult, 1)
+
+    def _feed_forward(self, layer: Layer, streams: Tensor, tokens: Tensor) -> Tensor:
+        x, mix = layer.ffn_streams.collapse(streams)
+        x = rms_norm(x, layer.ffn_norm, self.spec.norm_eps)
+        return expand(layer.moe.forward(x, tokens), streams, mix)
+
+    def _logits(self, streams: Tensor) -> Tensor:
+        """[n, S, D] -> f32 [n, vocab]."""
+        y = self._hyper_head.collapse(streams)
+        return F.linear(rms_norm(y, self._norm, self.spec.norm_eps).float(), self._head)
+
+
+class _Record:
+    """Collects what the layers of one step leave for the caller."""
+
+    def __init__(self, target_layers: tuple[int, ...], tokens: Tensor) -> None:
+        self._target_layers = target_layers
+        self._hidden: dict[int, Tensor] = {}
+        self._taps: list[IndexerTap] = []
+        self._pulled = torch.zeros_like(tokens)
+        self._unserved = torch.zeros_like(tokens)
+
+    def add(self, layer: int, x: Tensor, attended: Attended) -> None:
+        if layer in self._target_layers:
+            self._hidden[layer] = x.float()
+        if attended.tap is not None:
+            self._taps.append(attended.tap)
+        if attended.pulls is not None:
+            self._pulled = self._pulled + attended.pulls.pulled
+            self._unserved = self._unserved + attended.pulls.unserved
+
+    def output(self, logits: Tensor) -> StepOutput:
+        hidden = [self._hidden[layer] for layer in self._target_layers]
+        return StepOutput(
+            logits=logits,
+            hidden=torch.stack(hidden, dim=1) if hidden else logits.new_zeros(logits.shape[0], 0, 0),
+            indexer=self._taps,
+            pulled_rows=self._pulled,
+            unserved_rows=self._unserved,
+        )
+
+
+def _check_geometry(spec: ModelSpec, geometry: KvGeometry) -> None:
+    """The pools' sizes must be this model's."""
+    ours = (spec.c4_layers, spec.c128_layers, spec.num_layers, spec.head_dim, spec.rope_dims, spec.index_dims)
+    theirs = (
+        geometry.c4_layers,
+        geometry.c128_layers,
+        geometry.num_layers,
+        geometry.head_dim,
+        geometry.rope_dims,
+        geometry.index_dims,
+    )
+    if ours != theirs or spec.window_tokens != geometry.window_tokens:
+        raise ModelFormatError(f"KV geometry {theirs} is not that of the model {ours}")

@@ -1,0 +1,176 @@
+"""Audits of one worker's sequences: what an audited step means for the report and for the guard.
+
+The index answers most audits; while it is down the worker scores the absent blocks itself, from the
+same arena. In `exact` nothing is ever missed, so the audit asks what paging would have missed: that
+decides when to step back.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from forepage.kv.evidence import AuditVerdict, merge_audit
+from forepage.kv.geometry import BLOCK_ENTRIES
+from forepage.kv.guard import GuardAction
+from forepage.kv.ids import BlockIdx
+from forepage.model.indexer import IndexerTap
+from forepage.rpc import index_pb2 as pb
+from forepage.settings import ResidencyMode
+from forepage.telemetry import MetricName
+from forepage.worker.parts import WorkerParts
+from forepage.worker.quota import steady_quota, try_change_promise
+from forepage.worker.sequence import Sequence, StepTap
+from forepage_kernels.layout import KeyLayout, KeyPool
+from forepage_kernels.native_indexer import native_indexer
+
+
+class Auditing:
+    """Turns audits into the sequence's report and the guard's actions."""
+
+    def __init__(self, parts: WorkerParts, arena: Tensor) -> None:
+        """`arena` is the payload area as u8, for audits the worker makes itself."""
+        self._parts = parts
+        self._arena = arena
+
+    def take_results(self, sequence: Sequence, results: Seq[pb.AuditResult]) -> None:
+        """The index's answers about one or more audited steps."""
+        by_position: dict[int, list[pb.AuditResult]] = defaultdict(list)
+        for result in results:
+            if result.num_unread:
+                sequence.report.audits_partial += 1
+            by_position[result.position].append(result)
+        for position, layers in by_position.items():
+            verdicts = [
+                AuditVerdict(
+                    num_evidence=layer.num_evidence,
+                    num_evidence_resident=layer.num_evidence_resident,
+                    missed_mass=layer.missed_mass,
+                    recall_at_k=layer.recall_at_k,
+                    missing=tuple(
+                        (BlockIdx(idx), mass)
+                        for idx, mass in zip(layer.missing_block_idx, layer.missing_mass, strict=True)
+                    ),
+                )
+                for layer in layers
+            ]
+            self._take(sequence, position, verdicts)
+
+    def audit_here(self, sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
+        """The index is down: score the absent blocks on the worker. Slower, and counted."""
+        absent = [idx for idx in range(num_blocks) if idx not in sequence.resident.key_id_by_block]
+        verdicts = [self._score_absent(sequence, tap, layer, absent) for layer in layers]
+        sequence.report.worker_audits += 1
+        self._parts.telemetry.count(MetricName.FALLBACKS, fallback="worker_audit")
+        self._take(sequence, sequence.num_processed - 1, verdicts)
+
+    def shadow(self, sequence: Sequence, tap: StepTap, layers: Seq[int]) -> None:
+        """In `exact`: what of this step's selection was absent as rows, and so would have been missed."""
+        for layer in layers:
+            verdict = _shadow_verdict(sequence, tap.indexer[layer], tap.row, self._parts.topk)
+            recall = verdict.evidence_recall
+            if recall is not None:
+                sequence.guard, _ = sequence.guard.on_audit(recall)
+
+    def _take(self, sequence: Sequence, position: int, verdicts: Seq[AuditVerdict]) -> None:
+        report, telemetry = sequence.report, self._parts.telemetry
+        report.audited_positions.add(position)
+        report.audited_layers += len(verdicts)
+        recall = report.recall.add_step(
+            num_evidence=sum(v.num_evidence for v in verdicts),
+            num_evidence_resident=sum(v.num_evidence_resident for v in verdicts),
+        )
+        for verdict in verdicts:
+            report.missed_mass.add(verdict.missed_mass)
+            report.recall_at_k.add(verdict.recall_at_k)
+            telemetry.record(MetricName.MISSED_MASS, verdict.missed_mass)
+        if recall is None:
+            return
+        telemetry.record(MetricName.EVIDENCE_RECALL, recall)
+        if sequence.request.mode is ResidencyMode.GUARDED:
+            self._guard(sequence, position, recall, verdicts)
+
+    def _guard(self, sequence: Sequence, position: int, recall: float, verdicts: Seq[AuditVerdict]) -> None:
+        if sequence.is_exact or sequence.lookahead.repair_due or sequence.lookahead.want_exact:
+            return  # this miss is from before the repair that is already decided
+        if sequence.lookahead.repair_since is not None and position < sequence.lookahead.repair_since:
+            return
+        before = sequence.guard
+        after, action = before.on_audit(recall)
+        if action is GuardAction.NONE:
+            return
+        sequence.guard = after
+        if action is GuardAction.RAISE_BUDGET and not try_change_promise(
+            self._parts, sequence, steady_quota(self._parts, sequence), use_reserve=True
+        ):
+            sequence.guard, action = before.to_exact(), GuardAction.MOVE_TO_EXACT
+        self.escalate(sequence, action, position, _missing(verdicts))
+
+    def escalate(
+        self,
+        sequence: Sequence,
+        action: GuardAction,
+        position: int,
+        missing: Iterable[tuple[BlockIdx, float]] = (),
+    ) -> None:
+        """Write down what the guard decided; the loop carries it out before the next step."""
+        state, report = sequence.lookahead, sequence.report
+        report.escalations += 1
+        state.repair_since = position
+        if action is GuardAction.RAISE_BUDGET:
+            for block_idx, mass in missing:
+                state.repair[block_idx] = max(mass, state.repair.get(block_idx, 0.0))
+            state.repair_due = True
+        else:
+            report.moves_to_exact += 1
+            state.want_exact = True
+        self._parts.telemetry.count(MetricName.ESCALATIONS, reason=action.name.lower())
+
+    def _score_absent(self, sequence: Sequence, tap: StepTap, layer: int, absent: list[int]) -> AuditVerdict:
+        """The native indexer over absent blocks' keys in the arena, merged with the resident scores."""
+        geometry, indexer = self._parts.geometry, tap.indexer[layer]
+        resident = indexer.scores[tap.row].tolist()
+        if not absent:
+            return merge_audit(resident, (), topk=self._parts.topk)
+        slots = self._arena[: self._arena.numel() // geometry.slot_bytes * geometry.slot_bytes]
+        pool = KeyPool(
+            slots.view(-1, geometry.slot_bytes),
+            geometry.keys_offset + layer * geometry.keys_plane_bytes,
+            KeyLayout(BLOCK_ENTRIES, geometry.index_dims, geometry.format.value),
+        )
+        ids = [sequence.arena.ref_by_block[idx].arena_id for idx in absent]
+        scores = native_indexer(
+            indexer.query[tap.row : tap.row + 1].float().cpu(),
+            indexer.weights[tap.row : tap.row + 1].float().cpu(),
+            pool,
+            block_table=torch.tensor([ids], dtype=torch.int32),
+            visible=torch.tensor([len(absent) * BLOCK_ENTRIES]),
+        )[0]
+        best, entries = scores.topk(min(self._parts.topk, scores.numel()))
+        pairs = zip(entries.tolist(), best.tolist(), strict=True)
+        return merge_audit(
+            resident,
+            [(BlockIdx(absent[entry // BLOCK_ENTRIES]), score) for entry, score in pairs],
+            topk=self._parts.topk,
+        )
+
+
+def _shadow_verdict(sequence: Sequence, tap: IndexerTap, row: int, topk: int) -> AuditVerdict:
+    rows = sequence.resident.row_id_by_block
+    resident: list[float] = []
+    absent: list[tuple[BlockIdx, float]] = []
+    for entry, score in zip(tap.selected[row].tolist(), tap.scores[row].tolist(), strict=True):
+        if entry < 0:
+            continue
+        block_idx = BlockIdx(entry // BLOCK_ENTRIES)
+        if block_idx in rows:
+            resident.append(score)
+        else:
+            absent.append((block_idx, score))
+    return merge_audit(resident, absent, topk=topk)
+
+
+def _missing(verdicts: Seq[AuditVerdict]) -> list[tuple[BlockIdx, float]]:
+    return [pair for verdict in verdicts for pair in verdict.missing]

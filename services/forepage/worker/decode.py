@@ -1,0 +1,85 @@
+"""One decode step for every sequence that can take one: compute, sample, account, write back."""
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from forepage.errors import IntegrityError
+from forepage.telemetry import MetricName
+from forepage.worker.lookahead import Lookahead
+from forepage.worker.parts import WorkerParts
+from forepage.worker.sampler import sample
+from forepage.worker.sequence import Sequence, StepTap
+from forepage.worker.write_back import WriteBack
+
+
+class Decode:
+    """Steps a batch; the tokens it returns are for the loop to emit."""
+
+    def __init__(
+        self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack, arena: Tensor
+    ) -> None:
+        """`arena` is the payload area that rows are pulled from, u8."""
+        self._parts = parts
+        self._lookahead = lookahead
+        self._write_back = write_back
+        self._arena = arena
+
+    def can_grow(self, sequence: Sequence) -> bool:
+        """Whether the block of the next token is there, or can be taken from what was promised."""
+        if sequence.num_processed % self._parts.geometry.block_tokens:
+            return True
+        holds, load = sequence.holds, sequence.lookahead.load
+        rows = (
+            len(holds.resident.row_id_by_block) + len(holds.staging_ids) + (len(load.row_ids) if load else 0)
+        )
+        keys = len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0)
+        return rows < holds.row_promise and keys < holds.key_promise
+
+    def step(self, batch: Seq[Sequence]) -> list[int]:
+        """Process each sequence's newest token; the sampled next tokens, in order."""
+        parts = self._parts
+        for sequence in batch:
+            self._grow(sequence)
+            self._account(sequence)
+        positions = [sequence.num_processed for sequence in batch]
+        slots = [sequence.holds.slot for sequence in batch]
+        tokens = torch.tensor([s.tokens[-1] for s in batch], dtype=torch.int64, device=parts.blocks.device)
+        output = parts.model.decode(
+            tokens, parts.blocks.decode_batch(slots, positions), parts.blocks.pools, self._arena
+        )
+        sampled = sample(
+            output.logits, [s.request.sampling for s in batch], [position + 1 for position in positions]
+        )
+        pulled, unserved = output.pulled_rows.tolist(), output.unserved_rows.tolist()
+        if any(unserved):
+            raise IntegrityError(f"{sum(unserved)} selected rows were neither resident nor pulled")
+        for row, sequence in enumerate(batch):
+            sequence.num_processed += 1
+            demand_bytes = pulled[row] * parts.geometry.row_bytes
+            sequence.report.demand_bytes += demand_bytes
+            if demand_bytes:
+                parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
+            self._finish_block(sequence)
+            self._lookahead.after_step(sequence, StepTap(output.hidden[row], output.indexer, row))
+        return sampled
+
+    def _grow(self, sequence: Sequence) -> None:
+        resident, blocks = sequence.resident, self._parts.blocks
+        if sequence.num_processed // self._parts.geometry.block_tokens < resident.num_blocks:
+            return
+        resident.append(blocks.rows.allocate(1)[0], blocks.keys.allocate(1)[0])
+        blocks.set_residency(sequence.holds.slot, resident)
+
+    def _account(self, sequence: Sequence) -> None:
+        """What this step will see. Once a key is absent the sequence's own blocks are no longer clean."""
+        resident, load = sequence.resident, sequence.lookahead.load
+        sequence.clean &= resident.keys_complete
+        in_flight = max(len(load.row_ids), len(load.key_ids)) if load else 0
+        sequence.report.add_step(resident, len(sequence.holds.staging_ids), in_flight, self._parts.geometry)
+
+    def _finish_block(self, sequence: Sequence) -> None:
+        if sequence.num_processed % self._parts.geometry.block_tokens == 0:
+            self._write_back.store_finished(sequence)
+            self._write_back.take_snapshot(sequence)

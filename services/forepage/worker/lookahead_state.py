@@ -1,0 +1,80 @@
+"""Where one sequence is in its lookahead: the question asked, the answer held, the load under way."""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from opentelemetry.trace import Span
+
+from forepage.kv.ids import BlockIdx
+from forepage.kv.prefetch_plan import LoadWave
+
+
+class Outcome(StrEnum):
+    """How an interval's plan ended; an attribute of its span."""
+
+    COMMITTED = "committed"
+    UNCHANGED = "unchanged"
+    LATE = "late"
+    INDEX_DOWN = "index_down"
+    REFUSED = "refused"
+    ENDED = "ended"
+
+
+@dataclass
+class Question:
+    """A prediction asked for and not yet applied; `late` once it has been counted as such."""
+
+    interval: int
+    asked_s: float
+    span: Span
+    predict_span: Span
+    answered_s: float | None = None
+    late: bool = False
+
+
+@dataclass
+class LoadUnderWay:
+    """Blocks on their way to the device; ids are allocated, no table names them yet."""
+
+    wave: LoadWave
+    rest: tuple[LoadWave, ...]
+    row_ids: dict[int, int]
+    key_ids: dict[int, int]
+    future: Future[None]
+    started_ns: int
+    pinned_from: int
+    question: Question | None
+    outcome: Outcome
+    for_exact: bool = False
+    finished_ns: int | None = None
+
+    def __post_init__(self) -> None:
+        self.future.add_done_callback(self._finished)
+
+    def _finished(self, _: Future[None]) -> None:
+        self.finished_ns = time.time_ns()
+
+
+@dataclass
+class LookaheadState:
+    """Intervals of one sequence.
+
+    `desired` is a plan not yet started, `scores` with what probability each block was last wanted,
+    `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
+    change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
+    """
+
+    interval: int = -1
+    next_boundary: int = 0
+    audit_steps: set[int] = field(default_factory=set)
+    question: Question | None = None
+    desired: list[tuple[BlockIdx, float]] | None = None
+    scores: dict[BlockIdx, float] = field(default_factory=dict)
+    repair: dict[BlockIdx, float] = field(default_factory=dict)
+    repair_due: bool = False
+    rebalance_due: bool = False
+    repair_since: int | None = None
+    want_exact: bool = False
+    load: LoadUnderWay | None = None

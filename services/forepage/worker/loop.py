@@ -1,0 +1,334 @@
+"""The worker's loop: one thread that owns every sequence and the device. Read this top-down.
+
+Each turn: take in messages, commit what has arrived, admit, then one step: a prefill chunk or a decode
+step for the whole batch, in turns when both are due. Nothing in it waits for another process; it sleeps
+only when no sequence can take a step.
+"""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from forepage.errors import (
+    CapacityError,
+    DependencyError,
+    ForepageError,
+    IntegrityError,
+)
+from forepage.rpc import index_pb2
+from forepage.rpc import worker_pb2 as pb
+from forepage.settings import ResidencyMode
+from forepage.telemetry import fail_span, set_attributes
+from forepage.worker.admission import Admission, free_device
+from forepage.worker.auditing import Auditing
+from forepage.worker.decode import Decode
+from forepage.worker.lookahead import Lookahead
+from forepage.worker.parts import WorkerParts
+from forepage.worker.prefill import Prefill, PrefillEnd
+from forepage.worker.questions import num_candidates
+from forepage.worker.quota import shrink_promise
+from forepage.worker.residency import Residency
+from forepage.worker.sampler import sample
+from forepage.worker.sequence import Phase, Sequence
+from forepage.worker.usage import residency_report
+from forepage.worker.write_back import WriteBack
+
+IDLE_S = 0.25
+WAITING_S = 0.002
+"""How long a turn with nothing to compute waits for a message: idle, and while copies or plans are due."""
+
+Message = Callable[[], None]
+
+
+class Loop:
+    """Owner of the sequences; other threads talk to it through `post`."""
+
+    def __init__(self, parts: WorkerParts, arena: torch.Tensor) -> None:
+        """`arena` is the mapped payload area, u8."""
+        self._parts = parts
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._live: dict[str, Sequence] = {}
+        self._ending: list[Sequence] = []
+        self._stopping = False
+        self._prefill_turn = True
+        self._admission = Admission(parts)
+        self._write_back = WriteBack(parts)
+        self._residency = Residency(parts)
+        self._auditing = Auditing(parts, arena)
+        self._lookahead = Lookahead(parts, self._auditing, self._residency)
+        self._prefill = Prefill(parts, self._write_back)
+        self._decode = Decode(parts, self._lookahead, self._write_back, arena)
+        self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
+        self.broken: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def post(self, message: Message) -> None:
+        """Run `message` on the loop's thread, between two steps."""
+        self._inbox.put(message)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Take a new request (any thread)."""
+        self.post(lambda: self._submit(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """The caller went away: everything it holds is freed within one step (any thread)."""
+        self.post(lambda: self._end(sequence))
+
+    def take_reply(self, reply: index_pb2.LookaheadReply) -> None:
+        """An answer of the index (any thread)."""
+        self.post(lambda: self._on_reply(reply))
+
+    def index_down(self) -> None:
+        """The stream to the index broke (any thread)."""
+        self.post(self._lookahead.on_index_down)
+
+    def stop(self, timeout_s: float) -> None:
+        """End every sequence with an error, then the thread."""
+        self.post(self._stop)
+        self._thread.join(timeout_s)
+
+    @property
+    def num_running(self) -> int:
+        """Admitted sequences."""
+        return len(self._live) - self._admission.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not admitted yet."""
+        return self._admission.num_waiting
+
+    @property
+    def num_sequences(self) -> int:
+        """All that hold something: waiting, running, and ended ones whose copies are under way."""
+        return len(self._live) + len(self._ending)
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not (self._stopping and not self._ending):
+                    self._turn()
+        except BaseException as error:
+            self.broken = error
+            self._parts.log.error("the loop broke; the worker stops", error=repr(error), exc_info=True)
+            for sequence in list(self._live.values()):
+                sequence.emit(_failed(IntegrityError("the worker broke down; send the request again")))
+
+    def _turn(self) -> None:
+        self._take_messages()
+        self._write_back.tick()
+        for sequence in list(self._live.values()):
+            self._guarded(sequence, self._advance)
+        self._admit()
+        self._release_ended()
+        prefills = [s for s in self._live.values() if s.phase is Phase.PREFILL]
+        decodes = [s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None]
+        if prefills and (self._prefill_turn or not decodes):
+            self._guarded(prefills[0], self._prefill_step)
+        elif decodes:
+            self._decode_step(decodes)
+        else:
+            self._wait()
+        self._prefill_turn = not self._prefill_turn
+
+    def _take_messages(self) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _wait(self) -> None:
+        """No sequence can take a step: wait for a message, briefly while copies or plans are due."""
+        is_busy = bool(self._live or self._ending)
+        if not is_busy:
+            self._parts.blocks.check_idle()
+        with contextlib.suppress(queue.Empty):
+            self._inbox.get(timeout=WAITING_S if is_busy else IDLE_S)()
+
+    def _advance(self, sequence: Sequence) -> None:
+        """What this sequence can do without a step."""
+        if sequence.failure is not None:
+            raise sequence.failure
+        if sequence.phase is Phase.GRANTING and sequence.grant is not None and sequence.grant.done():
+            self._admission.take_grant(sequence)
+        elif (
+            sequence.phase is Phase.LOADING
+            and sequence.prefix_load is not None
+            and sequence.prefix_load.done()
+        ):
+            self._admission.finish_loading(sequence)
+        elif sequence.phase is Phase.FIRST_PLAN:
+            self._await_first_plan(sequence)
+        elif sequence.phase in (Phase.DECODE, Phase.PAUSED):
+            self._lookahead.tick(sequence)
+            self._check_blocked(sequence)
+
+    def _admit(self) -> None:
+        for sequence in self._admission.expired():
+            error = sequence.last_refusal or CapacityError("no room on this worker", None, 5.0)
+            self._fail(sequence, error)
+        while (oldest := self._admission.next_waiting()) is not None:
+            if not self._admission.try_start(oldest):
+                break
+
+    def _prefill_step(self, sequence: Sequence) -> None:
+        end = self._prefill.step(sequence)
+        if end is None:
+            return
+        token = sample(end.logits, [sequence.request.sampling], [sequence.num_processed])[0]
+        self._emit_token(sequence, token)
+        if sequence.phase is Phase.PREFILL:
+            self._begin_decode(sequence, end)
+
+    def _begin_decode(self, sequence: Sequence, end: PrefillEnd) -> None:
+        """`full` decodes at once; the others first get a plan, and give up what it leaves out."""
+        if sequence.request.mode is ResidencyMode.FULL:
+            self._start_decode(sequence)
+            return
+        sequence.phase = Phase.FIRST_PLAN
+        sequence.first_tap = end.tap
+        sequence.first_plan_by_s = time.monotonic() + self._parts.settings.first_plan_timeout_ms / 1e3
+
+    def _await_first_plan(self, sequence: Sequence) -> None:
+        """No blind steps: write-backs, then the question, the answer and its commit. Bounded in time."""
+        state, is_overdue = sequence.lookahead, time.monotonic() > sequence.first_plan_by_s
+        if sequence.first_tap is not None:
+            if sequence.arena.in_flight and not is_overdue:
+                return
+            tap, sequence.first_tap = sequence.first_tap, None
+            candidates = num_candidates(sequence, self._parts.settings, self._parts.geometry)
+            if sequence.fits_budget(candidates):
+                self._start_decode(sequence)
+                return
+            if not self._lookahead.ask_first(sequence, tap):
+                self._residency.keep_newest(sequence)
+        self._lookahead.tick(sequence)
+        if state.load is not None:
+            return
+        if state.question is None and state.desired is None:
+            self._start_decode(sequence)
+        elif is_overdue:
+            self._residency.keep_newest(sequence)
+
+    def _start_decode(self, sequence: Sequence) -> None:
+        shrink_promise(self._parts, sequence)
+        if sequence.request.mode is ResidencyMode.EXACT:
+            self._residency.enter_exact(sequence)
+        sequence.phase = Phase.DECODE
+
+    def _decode_step(self, batch: list[Sequence]) -> None:
+        for sequence, token in zip(batch, self._decode.step(batch), strict=True):
+            self._emit_token(sequence, token)
+
+    def _emit_token(self, sequence: Sequence, token: int) -> None:
+        sequence.tokens.append(token)
+        sequence.emit(pb.GenerateEvent(tokens=pb.Tokens(token_ids=[token])))
+        if token in sequence.request.stop_token_ids:
+            self._finish(sequence, pb.FINISH_REASON_STOP)
+        elif sequence.num_generated >= sequence.request.max_tokens:
+            self._finish(sequence, pb.FINISH_REASON_LENGTH)
+
+    def _finish(self, sequence: Sequence, reason: pb.FinishReason) -> None:
+        self._write_back.store_resume(sequence)
+        sequence.emit(
+            pb.GenerateEvent(
+                finished=pb.Finished(
+                    reason=reason,
+                    prompt_tokens=len(sequence.request.prompt),
+                    cached_tokens=sequence.cached_tokens,
+                    completion_tokens=sequence.num_generated,
+                    residency=residency_report(self._parts, sequence),
+                )
+            )
+        )
+        self._end(sequence)
+
+    def _submit(self, sequence: Sequence) -> None:
+        try:
+            self._admission.submit(sequence)
+        except ForepageError as error:
+            sequence.emit(_failed(error))
+            return
+        self._live[sequence.request.request_id] = sequence
+
+    def _on_reply(self, reply: index_pb2.LookaheadReply) -> None:
+        self._lookahead.on_reply(reply)
+
+    def _guarded(self, sequence: Sequence, act: Callable[[Sequence], None]) -> None:
+        """A request's own error ends that request; a broken law ends the worker."""
+        try:
+            act(sequence)
+        except IntegrityError:
+            raise
+        except ForepageError as error:
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: ForepageError) -> None:
+        fail_span(sequence.span, error)
+        sequence.emit(_failed(error))
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Take the sequence out of every step; what it holds is released once its copies are over."""
+        if self._live.pop(sequence.request.request_id, None) is None:
+            return
+        self._admission.remove(sequence)
+        self._lookahead.forget(sequence)
+        if sequence.stage_span is not None:
+            sequence.stage_span.end()
+        set_attributes(sequence.span, output_tokens=sequence.num_generated)
+        sequence.phase = Phase.DONE
+        self._ending.append(sequence)
+
+    def _release_ended(self) -> None:
+        self._ending = [sequence for sequence in self._ending if not self._try_release(sequence)]
+
+    def _try_release(self, sequence: Sequence) -> bool:
+        load = sequence.lookahead.load
+        if sequence.grant is not None:
+            if not sequence.grant.done():
+                return False
+            sequence.take_unused_grant()
+        if (load and not load.future.done()) or (sequence.prefix_load and not sequence.prefix_load.done()):
+            return False
+        if sequence.arena.in_flight:
+            return False
+        if load and sequence.device is not None:
+            self._parts.blocks.rows.free(load.row_ids.values())
+            self._parts.blocks.keys.free(load.key_ids.values())
+            sequence.lookahead.load = None
+        free_device(self._parts, sequence)
+        self._parts.arena.release(sequence.arena.all_refs(), sequence.span)
+        sequence.span.end()
+        sequence.released.set()
+        return True
+
+    def _check_blocked(self, sequence: Sequence) -> None:
+        """Paused, or unable to grow: it may wait for room as long as an admission may."""
+        can_step = sequence.phase is Phase.DECODE and self._decode.can_grow(sequence)
+        if can_step:
+            sequence.blocked_since_s = None
+        elif sequence.blocked_since_s is None:
+            sequence.blocked_since_s = time.monotonic()
+        elif time.monotonic() - sequence.blocked_since_s > self._parts.settings.admission_timeout_s:
+            raise CapacityError("no room to go on with this request; send it again", None, 5.0)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for sequence in list(self._live.values()):
+            self._fail(sequence, DependencyError("the worker is shutting down", None, 1.0))
+
+
+def _failed(error: ForepageError) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        failed=pb.Failed(
+            code=error.code,
+            message=error.message,
+            param=error.param or "",
+            retry_after_s=error.retry_after_s or 0.0,
+        )
+    )

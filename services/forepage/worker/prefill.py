@@ -1,0 +1,86 @@
+"""Prefills prompts chunk by chunk, always over the full native selection; paging begins when it ends.
+
+Chunks end at multiples of the chunk size and at the points where resume records are taken, so that a
+request that resumes there computes the rest in the same pieces.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from forepage.telemetry import SpanName, set_attributes
+from forepage.worker.parts import WorkerParts
+from forepage.worker.sequence import Sequence, StepTap
+from forepage.worker.write_back import WriteBack
+
+
+@dataclass(frozen=True)
+class PrefillEnd:
+    """The prompt is processed: the last token's logits f32 [1, V], and what the first plan is asked with."""
+
+    logits: torch.Tensor
+    tap: StepTap
+
+
+def next_chunk_end(start: int, prompt_tokens: int, *, chunk: int, resume_every: int, block: int) -> int:
+    """Where the chunk that begins at `start` ends: aligned, and at each resume point on the way."""
+    end = min((start // chunk + 1) * chunk, prompt_tokens)
+    last_block = (prompt_tokens - 1) // block * block
+    points = [last_block, (start // resume_every + 1) * resume_every]
+    return min([end, *(point for point in points if start < point < end)])
+
+
+def is_resume_point(num_tokens: int, prompt_tokens: int, *, resume_every: int, block: int) -> bool:
+    """Whether a resume record is taken there: every 16,384 tokens and at the prompt's last full block."""
+    if num_tokens == 0 or num_tokens % block:
+        return False
+    return num_tokens % resume_every == 0 or num_tokens == (prompt_tokens - 1) // block * block
+
+
+class Prefill:
+    """Runs one chunk at a time of one sequence."""
+
+    def __init__(self, parts: WorkerParts, write_back: WriteBack) -> None:
+        self._parts = parts
+        self._write_back = write_back
+
+    def step(self, sequence: Sequence) -> PrefillEnd | None:
+        """One chunk; the end of the prompt gives its logits and taps."""
+        parts, settings = self._parts, self._parts.settings
+        if sequence.stage_span is None:
+            sequence.stage_span = parts.telemetry.start_span(SpanName.WORKER_PREFILL, sequence.span)
+        block, prompt = parts.geometry.block_tokens, len(sequence.request.prompt)
+        start = sequence.num_processed
+        end = next_chunk_end(
+            start,
+            prompt,
+            chunk=settings.prefill_chunk_tokens,
+            resume_every=settings.resume_every_tokens,
+            block=block,
+        )
+        self._grow(sequence, end)
+        tokens = torch.tensor(sequence.tokens[start:end], dtype=torch.int64, device=parts.blocks.device)
+        chunk = parts.blocks.prefill_chunk(sequence.holds.slot, start, end - start)
+        output = parts.model.prefill(tokens, chunk, parts.blocks.pools)
+        sequence.num_processed = end
+        self._write_back.store_finished(sequence)
+        if is_resume_point(end, prompt, resume_every=settings.resume_every_tokens, block=block):
+            self._write_back.take_snapshot(sequence)
+            self._write_back.store_resume(sequence)
+        if end < prompt:
+            return None
+        sequence.report.workspace_blocks = sequence.resident.num_resident
+        set_attributes(sequence.stage_span, input_tokens=prompt, cached_tokens=sequence.cached_tokens)
+        sequence.stage_span.end()
+        sequence.stage_span = None
+        return PrefillEnd(output.logits, StepTap(output.hidden[0], output.indexer, 0))
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Blocks for every token up to `num_tokens`; all of them were promised."""
+        blocks, resident = self._parts.blocks, sequence.resident
+        missing = self._parts.geometry.num_blocks(num_tokens) - resident.num_blocks
+        if missing <= 0:
+            return
+        for row_id, key_id in zip(blocks.rows.allocate(missing), blocks.keys.allocate(missing), strict=True):
+            resident.append(row_id, key_id)
+        blocks.set_residency(sequence.holds.slot, resident)

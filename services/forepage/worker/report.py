@@ -1,0 +1,140 @@
+"""Counts what happened to one sequence's evidence and memory: `usage.forepage` of the answer."""
+
+from dataclasses import dataclass, field
+
+from forepage.kv.evidence import RecallEstimate
+from forepage.kv.geometry import KvGeometry
+from forepage.kv.resident_set import ResidentSet
+from forepage.rpc import worker_pb2 as pb
+from forepage.worker.request import PROTO_OF_MODE, Request
+
+
+@dataclass
+class Mean:
+    """A running mean; None while empty."""
+
+    total: float = 0.0
+    count: int = 0
+    largest: float = 0.0
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self.total += value
+        self.count += 1
+        self.largest = max(self.largest, value)
+
+    @property
+    def value(self) -> float | None:
+        """The mean so far."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass
+class Report:
+    """Running figures of one sequence; `message` turns them into the answer's report."""
+
+    recall: RecallEstimate = field(default_factory=RecallEstimate)
+    missed_mass: Mean = field(default_factory=Mean)
+    recall_at_k: Mean = field(default_factory=Mean)
+    latency_ms: Mean = field(default_factory=Mean)
+    footprint: Mean = field(default_factory=Mean)
+    c4_footprint: Mean = field(default_factory=Mean)
+    audited_positions: set[int] = field(default_factory=set)
+    audited_layers: int = 0
+    audits_partial: int = 0
+    audits_lost: int = 0
+    worker_audits: int = 0
+    escalations: int = 0
+    moves_to_exact: int = 0
+    tokens_before_escalation: int = 0
+    intervals: int = 0
+    late_plans: int = 0
+    index_down_intervals: int = 0
+    discarded_plans: int = 0
+    chosen_max: int = 0
+    pinned_max: int = 0
+    resident_max: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    workspace_blocks: int = 0
+    full_steps: int = 0
+    paged_steps: int = 0
+    exact_steps: int = 0
+    paused_ms: float = 0.0
+
+    def add_step(
+        self, resident: ResidentSet, staging_blocks: int, in_flight: int, geometry: KvGeometry
+    ) -> None:
+        """What one decode step had on the device; `in_flight` counts blocks being loaded for it."""
+        chosen = len(resident.chosen)
+        self.chosen_max = max(self.chosen_max, chosen)
+        self.pinned_max = max(self.pinned_max, resident.num_pinned)
+        self.resident_max = max(self.resident_max, resident.num_resident + in_flight)
+        if resident.keys_complete:
+            self.full_steps += resident.rows_complete
+            self.exact_steps += not resident.rows_complete
+        else:
+            self.paged_steps += 1
+        tokens = resident.num_blocks * geometry.block_tokens
+        rows = resident.num_resident + staging_blocks + in_flight
+        keys = len(resident.key_id_by_block) + in_flight
+        total = resident.num_blocks
+        held = geometry.kv_bytes(num_tokens=tokens, row_blocks=rows, key_blocks=keys)
+        self.footprint.add(held / geometry.kv_bytes(num_tokens=tokens, row_blocks=total, key_blocks=total))
+        self.c4_footprint.add(rows / total)
+
+    @property
+    def decode_steps(self) -> int:
+        """Steps so far."""
+        return self.full_steps + self.paged_steps + self.exact_steps
+
+    def message(
+        self, request: Request, *, final_mode: pb.ResidencyMode, full_by_size: bool, budget: int, slack: int
+    ) -> pb.ResidencyReport:
+        """The report as it goes over the wire; means without a sample are left unset."""
+        report = pb.ResidencyReport(
+            mode_requested=PROTO_OF_MODE[request.mode],
+            mode_final=final_mode,
+            full_by_size=full_by_size,
+            audited_steps=len(self.audited_positions),
+            audited_layers=self.audited_layers,
+            decode_steps=self.decode_steps,
+            audited_share=len(self.audited_positions) / self.paged_steps if self.paged_steps else 0.0,
+            audits_without_evidence=self.recall.num_without_evidence,
+            audits_partial=self.audits_partial,
+            audits_lost=self.audits_lost,
+            worker_audits=self.worker_audits,
+            escalations=self.escalations,
+            moves_to_exact=self.moves_to_exact,
+            tokens_before_escalation=self.tokens_before_escalation,
+            intervals=self.intervals,
+            late_plans=self.late_plans,
+            index_down_intervals=self.index_down_intervals,
+            discarded_plans=self.discarded_plans,
+            budget_blocks=budget,
+            chosen_blocks_max=self.chosen_max,
+            always_resident_blocks_max=self.pinned_max,
+            resident_blocks_max=self.resident_max,
+            load_slack_blocks=slack,
+            demand_bytes=self.demand_bytes,
+            prefetch_bytes=self.prefetch_bytes,
+            kv_footprint=self.footprint.value or 0.0,
+            c4_footprint=self.c4_footprint.value or 0.0,
+            prefetch_latency_ms_mean=self.latency_ms.value or 0.0,
+            prefetch_latency_ms_max=self.latency_ms.largest,
+            prefill_workspace_blocks=self.workspace_blocks,
+            full_steps=self.full_steps,
+            paged_steps=self.paged_steps,
+            exact_steps=self.exact_steps,
+            paused_ms=int(self.paused_ms),
+        )
+        for name, value in (
+            ("evidence_recall_mean", self.recall.mean),
+            ("evidence_recall_min", self.recall.minimum),
+            ("evidence_recall_low95", self.recall.low95),
+            ("missed_mass_mean", self.missed_mass.value),
+            ("recall_at_k_mean", self.recall_at_k.value),
+        ):
+            if value is not None:
+                setattr(report, name, value)
+        return report

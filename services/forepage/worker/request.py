@@ -1,0 +1,82 @@
+"""What a caller asks of the worker, checked: the gRPC message as a value."""
+
+from dataclasses import dataclass
+
+from forepage.errors import ContextLengthError, RequestError
+from forepage.rpc import worker_pb2 as pb
+from forepage.settings import ResidencyMode, WorkerSettings
+from forepage.worker.sampler import Sampling
+
+MODE_OF_PROTO: dict[pb.ResidencyMode, ResidencyMode] = {
+    pb.RESIDENCY_MODE_FULL: ResidencyMode.FULL,
+    pb.RESIDENCY_MODE_LOOKAHEAD: ResidencyMode.LOOKAHEAD,
+    pb.RESIDENCY_MODE_GUARDED: ResidencyMode.GUARDED,
+    pb.RESIDENCY_MODE_EXACT: ResidencyMode.EXACT,
+}
+PROTO_OF_MODE = {mode: number for number, mode in MODE_OF_PROTO.items()}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation. `max_tokens` counts generated tokens; `budget_blocks` those chosen by score."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    mode: ResidencyMode
+    min_recall: float
+    budget_blocks: int
+    cache_salt: str
+
+    @property
+    def total_tokens(self) -> int:
+        """Most tokens whose KV is ever computed: the last generated token's is not."""
+        return len(self.prompt) + self.max_tokens - 1
+
+    @classmethod
+    def parse(
+        cls, message: pb.GenerateRequest, settings: WorkerSettings, *, vocab_size: int, eos: int
+    ) -> "Request":
+        """Check every field. Raises: RequestError naming the field."""
+        prompt, how, residency = tuple(message.prompt_token_ids), message.sampling, message.residency
+        if not prompt:
+            raise RequestError("the prompt has no tokens", "prompt_token_ids")
+        if max(prompt) >= vocab_size:
+            raise RequestError(
+                f"token {max(prompt)} is beyond the vocabulary of {vocab_size}", "prompt_token_ids"
+            )
+        if how.max_tokens < 1:
+            raise RequestError("max_tokens must be at least 1", "max_tokens")
+        if len(prompt) + how.max_tokens > settings.max_context_tokens:
+            raise ContextLengthError(
+                f"{len(prompt)} prompt tokens and {how.max_tokens} to generate exceed "
+                f"{settings.max_context_tokens}; shorten the prompt or lower max_tokens",
+                "prompt_token_ids",
+            )
+        _check_range("temperature", how.temperature, 0.0, 100.0)
+        _check_range("top_p", how.top_p, 0.0, 1.0)
+        _check_range("min_p", how.min_p, 0.0, 1.0)
+        min_recall = residency.min_recall if residency.HasField("min_recall") else settings.min_recall
+        _check_range("forepage.min_recall", min_recall, 0.0, 1.0)
+        budget = residency.budget_blocks if residency.HasField("budget_blocks") else settings.budget_blocks
+        if budget < 1:
+            raise RequestError("budget_blocks must be at least 1", "forepage.budget_blocks")
+        stop = set(how.stop_token_ids) | (set() if message.ignore_eos else {eos})
+        return cls(
+            request_id=message.request_id,
+            prompt=prompt,
+            sampling=Sampling(how.temperature, how.top_p or 1.0, how.top_k, how.min_p, how.seed),
+            max_tokens=how.max_tokens,
+            stop_token_ids=frozenset(stop),
+            mode=MODE_OF_PROTO.get(residency.mode, settings.default_mode),
+            min_recall=min_recall,
+            budget_blocks=budget,
+            cache_salt=message.cache_salt,
+        )
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also false for NaN
+        raise RequestError(f"{name} must be between {low} and {high}, got {value}", name)

@@ -1,0 +1,261 @@
+"""Carries out what was decided about a sequence's resident set: load in waves, then commit.
+
+Ids are allocated before a load starts and named by no table until it is done; blocks that leave are
+freed in the commit, which runs between two steps, after the last step that could read them has ended.
+"""
+
+import time
+from collections.abc import Iterable
+
+from forepage.errors import DependencyError
+from forepage.kv.ids import BlockIdx
+from forepage.kv.prefetch_plan import LoadWave, plan_residency
+from forepage.telemetry import MetricName, SpanName, set_attributes
+from forepage.worker.copy_engine import SKIP, BlockLoad
+from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
+from forepage.worker.parts import WorkerParts
+from forepage.worker.questions import num_candidates
+from forepage.worker.quota import shrink_promise
+from forepage.worker.sequence import Sequence
+
+REPAIR_SCORE = 2.0
+"""Above every probability: what an audit found missing is kept before what was predicted."""
+
+
+class Residency:
+    """Starts loads and commits them; the only place that changes a sequence's resident set."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
+
+    def start_change(self, sequence: Sequence) -> None:
+        """Turn the newest plan (and repairs) into waves and start the first."""
+        state, parts = sequence.lookahead, self._parts
+        question = state.question
+        pinned_from = self._pinned_from(sequence)
+        chosen = [BlockIdx(idx) for idx in sequence.resident.row_id_by_block if idx < pinned_from]
+        current = {idx: state.scores.get(idx, 0.0) for idx in chosen}
+        if state.desired is not None:
+            state.scores = dict(state.desired)
+            desired = state.desired
+        else:
+            desired = list(current.items())
+        state.desired = None
+        state.repair_due = state.rebalance_due = False
+        change = plan_residency(
+            [*desired, *((idx, REPAIR_SCORE + mass) for idx, mass in state.repair.items())],
+            current,
+            always_resident_from=BlockIdx(pinned_from),
+            budget_blocks=sequence.guard.budget_blocks,
+            slack_blocks=parts.settings.load_slack_blocks,
+        )
+        if question is not None:
+            set_attributes(question.span, desired_blocks=len(desired), loaded_blocks=len(change.load))
+            set_attributes(question.span, dropped_blocks=len(change.drop))
+            if question.answered_s is not None:
+                state.question = None
+            else:
+                question = None
+        waves = change.waves or (LoadWave((), ()),)
+        outcome = Outcome.UNCHANGED if change.is_empty else Outcome.COMMITTED
+        self._start_wave(sequence, waves, pinned_from, question, outcome)
+
+    def keep_newest(self, sequence: Sequence) -> None:
+        """No plan in time for the first step: keep the newest blocks that the budget has room for."""
+        pinned_from = self._pinned_from(sequence)
+        sequence.lookahead.desired = [(BlockIdx(idx), idx / pinned_from) for idx in range(pinned_from)]
+        self._parts.telemetry.count(MetricName.FALLBACKS, fallback="keep_newest")
+        self.start_change(sequence)
+
+    def start_exact(self, sequence: Sequence) -> None:
+        """Load the keys of every absent block: the move to `exact`. The promise must have been made."""
+        held = sequence.resident.key_id_by_block
+        absent = [BlockIdx(idx) for idx in range(sequence.resident.num_blocks) if idx not in held]
+        sequence.lookahead.want_exact = False
+        self._start(sequence, LoadWave(tuple(absent), ()), (), self._pinned_from(sequence), for_exact=True)
+
+    def leave_exact(self, sequence: Sequence) -> None:
+        """Back to paging: keys of absent rows and the staging blocks are given up at once."""
+        resident = sequence.resident
+        keys = [idx for idx in resident.key_id_by_block if idx not in resident.row_id_by_block]
+        self._commit(sequence, self._pinned_from(sequence), {}, {}, (), keys)
+        holds = sequence.holds
+        self._parts.blocks.rows.free(holds.staging_ids)
+        holds.staging_ids = []
+        self._parts.blocks.set_staging(holds.slot, [])
+        shrink_promise(self._parts, sequence)
+
+    def enter_exact(self, sequence: Sequence) -> None:
+        """Every key is resident: give the sequence its staging blocks, so that it may pull rows."""
+        holds, blocks = sequence.holds, self._parts.blocks
+        if not holds.staging_ids:
+            holds.staging_ids = blocks.rows.allocate(blocks.staging_blocks)
+            blocks.set_staging(holds.slot, holds.staging_ids)
+
+    def drop_chosen(self, sequence: Sequence) -> None:
+        """Keep only what is always resident: a paused sequence makes room for others."""
+        pinned_from = self._pinned_from(sequence)
+        resident = sequence.resident
+        rows = [idx for idx in resident.row_id_by_block if idx < pinned_from]
+        keys = [idx for idx in resident.key_id_by_block if idx < pinned_from]
+        self._commit(sequence, pinned_from, {}, {}, rows, keys)
+        shrink_promise(self._parts, sequence)
+
+    def finish_load(self, sequence: Sequence) -> None:
+        """The load's event has fired: check its records again, commit, start the next wave."""
+        load = sequence.lookahead.load
+        assert load is not None
+        sequence.lookahead.load = None
+        load.future.result()
+        done_ns = time.time_ns()
+        intact = [idx for idx in load.wave.load if self._still_there(sequence, idx)]
+        lost = [idx for idx in load.wave.load if idx not in intact]
+        if lost:
+            self._give_up(sequence, load, lost)
+        start_ns = time.time_ns()
+        if load.for_exact:
+            self._commit(sequence, load.pinned_from, {}, _only(load.key_ids, intact), (), ())
+        else:
+            keep_keys = sequence.is_exact
+            drops = load.wave.drop
+            self._commit(
+                sequence,
+                load.pinned_from,
+                _only(load.row_ids, intact),
+                _only(load.key_ids, intact),
+                drops,
+                () if keep_keys else [idx for idx in drops if idx in sequence.resident.key_id_by_block],
+            )
+        if sequence.is_exact and sequence.resident.keys_complete:
+            self.enter_exact(sequence)
+        shrink_promise(self._parts, sequence)
+        self._trace(load, done_ns, start_ns)
+        if load.rest:
+            self._start_wave(sequence, load.rest, load.pinned_from, load.question, load.outcome)
+        elif load.question is not None:
+            self._end_question(sequence, load.question, load.outcome)
+        if sequence.lookahead.repair_since is not None and not load.rest:
+            waited = sequence.num_processed - sequence.lookahead.repair_since
+            sequence.report.tokens_before_escalation += waited
+            sequence.lookahead.repair_since = None
+
+    def _start_wave(
+        self,
+        sequence: Sequence,
+        waves: tuple[LoadWave, ...],
+        pinned_from: int,
+        question: Question | None,
+        outcome: Outcome,
+    ) -> None:
+        self._start(sequence, waves[0], waves[1:], pinned_from, question=question, outcome=outcome)
+
+    def _start(
+        self,
+        sequence: Sequence,
+        wave: LoadWave,
+        rest: tuple[LoadWave, ...],
+        pinned_from: int,
+        *,
+        question: Question | None = None,
+        outcome: Outcome = Outcome.COMMITTED,
+        for_exact: bool = False,
+    ) -> None:
+        parts, resident = self._parts, sequence.resident
+        need_rows = () if for_exact else wave.load
+        need_keys = [idx for idx in wave.load if idx not in resident.key_id_by_block]
+        row_ids = dict(zip(need_rows, parts.blocks.rows.allocate(len(need_rows)), strict=True))
+        key_ids = dict(zip(need_keys, parts.blocks.keys.allocate(len(need_keys)), strict=True))
+        loads = [
+            BlockLoad(
+                arena_offset=parts.arena.offset(sequence.arena.ref_by_block[idx]),
+                row_id=row_ids.get(idx, SKIP),
+                key_id=key_ids.get(idx, SKIP),
+            )
+            for idx in wave.load
+        ]
+        num_bytes = len(row_ids) * parts.geometry.rows_bytes + len(key_ids) * parts.geometry.keys_bytes
+        sequence.report.prefetch_bytes += num_bytes
+        parts.telemetry.count(MetricName.PREFETCH_BYTES, num_bytes)
+        sequence.lookahead.load = LoadUnderWay(
+            wave=wave,
+            rest=rest,
+            row_ids={int(idx): row for idx, row in row_ids.items()},
+            key_ids={int(idx): key for idx, key in key_ids.items()},
+            future=parts.copies.load(loads),
+            started_ns=time.time_ns(),
+            pinned_from=pinned_from,
+            question=question,
+            outcome=outcome,
+            for_exact=for_exact,
+        )
+
+    def _commit(
+        self,
+        sequence: Sequence,
+        pinned_from: int,
+        rows: dict[int, int],
+        keys: dict[int, int],
+        drop_rows: Iterable[int],
+        drop_keys: Iterable[int],
+    ) -> None:
+        """Swap the set, make the tables say so, free what left: what attention sees changes here alone."""
+        freed = sequence.resident.commit(
+            pinned_from=pinned_from,
+            loaded_rows=rows,
+            loaded_keys=keys,
+            drop_rows=drop_rows,
+            drop_keys=drop_keys,
+        )
+        self._parts.blocks.set_residency(sequence.holds.slot, sequence.resident)
+        self._parts.blocks.rows.free(freed.row_ids)
+        self._parts.blocks.keys.free(freed.key_ids)
+
+    def _still_there(self, sequence: Sequence, block_idx: int) -> bool:
+        return self._parts.arena.matches(sequence.arena.ref_by_block[block_idx])
+
+    def _give_up(self, sequence: Sequence, load: LoadUnderWay, lost: list[BlockIdx]) -> None:
+        """Records that changed under the load: no table ever names them, and the request fails."""
+        parts = self._parts
+        parts.blocks.rows.free(load.row_ids[idx] for idx in lost if idx in load.row_ids)
+        parts.blocks.keys.free(load.key_ids[idx] for idx in lost if idx in load.key_ids)
+        parts.telemetry.count(MetricName.FALLBACKS, len(lost), fallback="lost_record")
+        sequence.failure = DependencyError(
+            f"blocks {sorted(lost)} of this request were lost from the cold pool; send it again", None, 1.0
+        )
+
+    def _pinned_from(self, sequence: Sequence) -> int:
+        return num_candidates(sequence, self._parts.settings, self._parts.geometry)
+
+    def _trace(self, load: LoadUnderWay, done_ns: int, commit_ns: int) -> None:
+        """Children of the interval's span: load (issue to event), wait (event to commit), commit."""
+        if load.question is None:
+            return
+        telemetry, parent = self._parts.telemetry, load.question.span
+        num_loaded = len(load.wave.load)
+        span = telemetry.start_span(SpanName.LOAD, parent, start_ns=load.started_ns, num_blocks=num_loaded)
+        fired_ns = min(load.finished_ns or done_ns, done_ns)
+        span.end(fired_ns)
+        telemetry.start_span(SpanName.WAIT, parent, start_ns=fired_ns).end(commit_ns)
+        telemetry.start_span(SpanName.COMMIT, parent, start_ns=commit_ns, num_blocks=num_loaded).end()
+        for phase, begin, end in (
+            ("load", load.started_ns, fired_ns),
+            ("wait", fired_ns, commit_ns),
+            ("commit", commit_ns, time.time_ns()),
+        ):
+            telemetry.record(MetricName.PREFETCH_LATENCY, (end - begin) / 1e6, phase=phase)
+
+    def _end_question(self, sequence: Sequence, question: Question, outcome: Outcome) -> None:
+        latency_ms = (time.monotonic() - question.asked_s) * 1e3
+        sequence.report.latency_ms.add(latency_ms)
+        self._parts.telemetry.record(MetricName.PREFETCH_LATENCY, latency_ms, phase="total")
+        set_attributes(
+            question.span,
+            outcome=outcome.value,
+            latency_ms=latency_ms,
+            resident_blocks=sequence.resident.num_resident,
+        )
+        question.span.end()
+
+
+def _only(ids: dict[int, int], kept: Iterable[int]) -> dict[int, int]:
+    return {idx: ids[idx] for idx in kept if idx in ids}

@@ -1,0 +1,209 @@
+"""One sequence on a worker: its tokens, what it holds, and where it is in its life.
+
+The loop owns every Sequence; the other parts of the worker change only the fields named after them.
+Life: WAITING -> GRANTING (arena) -> LOADING (cached prefix) -> PREFILL -> FIRST_PLAN -> DECODE -> DONE;
+PAUSED is a decode that waits for room to escalate or to grow.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from opentelemetry.trace import Span
+from torch import Tensor
+
+from forepage.coldpool.client import SlotRef
+from forepage.errors import ForepageError
+from forepage.kv.geometry import KvGeometry
+from forepage.kv.guard import Guard
+from forepage.kv.prefix_hash import PrefixHasher, resume_key, salted_key
+from forepage.kv.resident_set import ResidentSet
+from forepage.model.indexer import IndexerTap
+from forepage.rpc import worker_pb2 as pb
+from forepage.settings import ResidencyMode, WorkerSettings
+from forepage.worker.arena_access import Grant
+from forepage.worker.lookahead_state import LookaheadState
+from forepage.worker.report import Report
+from forepage.worker.request import Request
+
+Emit = Callable[[pb.GenerateEvent], None]
+
+
+@dataclass(frozen=True)
+class StepTap:
+    """What one step left for one sequence: attention inputs f32 [L, D], indexer taps by c4 layer, its row."""
+
+    hidden: Tensor
+    indexer: Seq[IndexerTap]
+    row: int
+
+
+class Phase(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()
+    GRANTING = auto()
+    LOADING = auto()
+    PREFILL = auto()
+    FIRST_PLAN = auto()
+    DECODE = auto()
+    PAUSED = auto()
+    DONE = auto()
+
+
+@dataclass
+class DeviceHoldings:
+    """What a sequence holds on the device, and what it was promised."""
+
+    slot: int
+    c128_ids: list[int]
+    row_promise: int
+    key_promise: int
+    staging_ids: list[int] = field(default_factory=list)
+    resident: ResidentSet = field(default_factory=ResidentSet)
+
+
+@dataclass
+class ArenaHoldings:
+    """What a sequence holds in the arena: leased records by block, and slots still to be written.
+
+    `num_started` counts the blocks whose write-back has begun, `in_flight` transfers not yet published.
+    """
+
+    ref_by_block: dict[int, SlotRef] = field(default_factory=dict)
+    empty: list[SlotRef] = field(default_factory=list)
+    resume_refs: list[SlotRef] = field(default_factory=list)
+    in_flight: int = 0
+    num_started: int = 0
+
+    @property
+    def num_leading(self) -> int:
+        """Blocks 0..n-1 that are all in the arena: what may be paged."""
+        count = 0
+        while count in self.ref_by_block:
+            count += 1
+        return count
+
+    def all_refs(self) -> list[SlotRef]:
+        """Every slot held."""
+        return [*self.ref_by_block.values(), *self.empty, *self.resume_refs]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Window and compressor state after `num_tokens` tokens, a multiple of 256 (model/resume.py)."""
+
+    num_tokens: int
+    payload: Tensor
+
+
+@dataclass
+class Sequence:
+    """State of one request; `tokens` is the prompt and what was generated."""
+
+    request: Request
+    emit: Emit
+    span: Span
+    hasher: PrefixHasher
+    guard: Guard
+    arrived_s: float = field(default_factory=time.monotonic)
+    incarnation: int = field(default_factory=lambda: secrets.randbits(62))
+    phase: Phase = Phase.WAITING
+    cancelled: bool = False
+    tokens: list[int] = field(default_factory=list)
+    num_processed: int = 0
+    cached_tokens: int = 0
+    clean: bool = True
+    failure: ForepageError | None = None
+    grant: Future[Grant] | None = None
+    prefix_load: Future[None] | None = None
+    last_refusal: ForepageError | None = None
+    snapshot: Snapshot | None = None
+    stage_span: Span | None = None
+    retry_at_s: float = 0.0
+    paused_since_s: float | None = None
+    blocked_since_s: float | None = None
+    first_tap: StepTap | None = None
+    first_plan_by_s: float = 0.0
+    released: threading.Event = field(default_factory=threading.Event)
+    device: DeviceHoldings | None = None
+    arena: ArenaHoldings = field(default_factory=ArenaHoldings)
+    lookahead: LookaheadState = field(default_factory=LookaheadState)
+    report: Report = field(default_factory=Report)
+    _keys: list[bytes] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, request: Request, *, emit: Emit, span: Span, hasher: PrefixHasher, settings: WorkerSettings
+    ) -> "Sequence":
+        """A sequence that waits for admission."""
+        guard = Guard.start(
+            min_recall=request.min_recall,
+            budget_blocks=request.budget_blocks,
+            clean_intervals=settings.clean_intervals,
+        )
+        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt))
+
+    @property
+    def holds(self) -> DeviceHoldings:
+        """What it holds on the device; only after admission."""
+        assert self.device is not None
+        return self.device
+
+    @property
+    def resident(self) -> ResidentSet:
+        """Its resident set; only after admission."""
+        return self.holds.resident
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether rows are pulled on demand: by request, or because the guard moved it there."""
+        return self.request.mode is ResidencyMode.EXACT or (
+            self.request.mode is ResidencyMode.GUARDED and self.guard.exact
+        )
+
+    @property
+    def mode_now(self) -> ResidencyMode:
+        """The mode it is in, escalation included."""
+        return ResidencyMode.EXACT if self.is_exact else self.request.mode
+
+    def take_unused_grant(self) -> None:
+        """The sequence ended while the arena was being asked: what came is released with the rest."""
+        future, self.grant = self.grant, None
+        if future is not None and future.exception() is None:
+            unused = future.result()
+            self.arena.empty.extend((*unused.prefix, *unused.resume_parts, *unused.empty))
+
+    def fits_budget(self, num_candidates: int) -> bool:
+        """Whether so few blocks lie outside the tail that paging could only lose."""
+        return num_candidates <= self.guard.budget_blocks
+
+    def block_key(self, block_idx: int, geometry: KvGeometry) -> bytes:
+        """Plain chained key of a full block of this sequence's tokens."""
+        while len(self._keys) <= block_idx:
+            start = len(self._keys) * geometry.block_tokens
+            parent = self._keys[-1] if self._keys else self.hasher.root
+            self._keys.append(
+                self.hasher.next_key(parent, self.tokens[start : start + geometry.block_tokens])
+            )
+        return self._keys[block_idx]
+
+    def record_key(self, block_idx: int, geometry: KvGeometry) -> bytes:
+        """Key under which a block that is finished now is published: salted once paging has touched it."""
+        key = self.block_key(block_idx, geometry)
+        return key if self.clean else salted_key(key, f"{self.request.request_id}/{self.incarnation}")
+
+    def resume_part_keys(self, num_blocks: int, num_parts: int, geometry: KvGeometry) -> list[bytes]:
+        """Keys of the parts of the resume record at `num_blocks` blocks."""
+        last = self.block_key(num_blocks - 1, geometry)
+        return [resume_key(last, part) for part in range(num_parts)]

@@ -1,0 +1,25 @@
+"""The residency report of an ended sequence, as the gateway shows it in `usage.forepage`."""
+
+from forepage.rpc import worker_pb2 as pb
+from forepage.settings import ResidencyMode
+from forepage.telemetry import MetricName
+from forepage.worker.parts import WorkerParts
+from forepage.worker.request import PROTO_OF_MODE
+from forepage.worker.sequence import Sequence
+
+
+def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyReport:
+    """Everything that was counted; also records the request's mean footprint."""
+    report = sequence.report
+    never_paged = report.paged_steps == 0 and report.exact_steps == 0
+    if report.footprint.value is not None:
+        parts.telemetry.record(
+            MetricName.KV_FOOTPRINT, report.footprint.value, mode=sequence.request.mode.value
+        )
+    return report.message(
+        sequence.request,
+        final_mode=PROTO_OF_MODE[sequence.mode_now],
+        full_by_size=never_paged and sequence.request.mode is not ResidencyMode.FULL,
+        budget=sequence.guard.budget_blocks,
+        slack=parts.settings.load_slack_blocks,
+    )

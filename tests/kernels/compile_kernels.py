@@ -1,0 +1,211 @@
+"""Compiles every kernel for Hopper (sm_90) as its launcher would launch it; no GPU is used.
+
+Run by test_compile_gate in its own process, because TRITON_INTERPRET must not be set here. Launchers
+run on small CPU tensors with V4-Flash's dims, with the kernel replaced by a compiler that specialises
+arguments as Triton does: an int of 1 becomes a constant, multiples of 16 are promised as such.
+Prints one JSON object: variant -> bytes of shared memory a program takes.
+"""
+
+import json
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import forepage_kernels.compress_quantize.kernel as compress_quantize
+import forepage_kernels.gather_blocks.kernel as gather_blocks
+import forepage_kernels.gather_rows.kernel as gather_rows
+import forepage_kernels.memory_indexer.kernel as memory_indexer
+import forepage_kernels.native_indexer.kernel as native_indexer
+import forepage_kernels.select_topk.kernel as select_topk
+import forepage_kernels.sparse_decode.kernel as sparse_decode
+from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
+
+HOPPER = GPUTarget("cuda", 90, 32)
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+}
+
+
+class CompilerInsteadOfLaunch:
+    """Stands where a kernel stands in its module; `shared_bytes` is what the last launch would take."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.shared_bytes = -1
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *args: object, **kwargs: Any) -> None:
+        """Compile for these arguments as if the tensors lay on a GPU."""
+        names = self.kernel.arg_names
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        if "BF16" in kwargs:  # launchers turn tensor cores' bf16 off for the interpreter's CPU tensors
+            first = args[0]
+            kwargs["BF16"] = isinstance(first, Tensor) and first.dtype == torch.bfloat16
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], object] = {}
+        attributes: dict[tuple[int, ...], list[list[object]]] = {}
+        values = dict(zip(names, args, strict=False)) | kwargs
+        for index, name in enumerate(names):
+            kind, aligned = specialise(values[name], constexpr=name in kwargs)
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[(index,)] = values[name]
+            if aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        self.shared_bytes = triton.compile(source, target=HOPPER, options=options).metadata.shared
+
+
+def specialise(value: object, *, constexpr: bool) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is a multiple of 16."""
+    if constexpr or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    assert isinstance(value, int)
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+
+
+def i64(*sizes: int) -> Tensor:
+    """Ids; their values do not matter to a compiler."""
+    return torch.zeros(sizes, dtype=torch.int64)
+
+
+def row_pool(layout: RowLayout) -> RowPool:
+    """Two layers of two blocks, the second layer's view."""
+    block = -(-layout.plane_bytes // layout.value_bytes) * layout.value_bytes
+    return RowPool(torch.zeros(2, 2 * block, dtype=torch.uint8), block, layout)
+
+
+def key_pool(layout: KeyLayout) -> KeyPool:
+    """Two layers of two blocks, the second layer's view."""
+    return KeyPool(torch.zeros(2, 2 * layout.plane_bytes, dtype=torch.uint8), layout.plane_bytes, layout)
+
+
+FLASH = RowLayout(64, 448, 64, "fp8")
+SEEDED = RowLayout(64, 64, 64, "fp8")
+KEY = KeyLayout(64, 128, "fp8")
+
+
+def run_gather_blocks(block_bytes: int) -> None:
+    pool, arena = torch.zeros(2, block_bytes, dtype=torch.uint8), torch.zeros(1 << 20, dtype=torch.uint8)
+    gather_blocks.gather_blocks(pool, arena, block_ids=i64(2), arena_offsets=i64(2))
+
+
+def run_gather_rows(layout: RowLayout) -> None:
+    arena = torch.zeros(1 << 20, dtype=torch.uint8)
+    gather_rows.gather_rows(row_pool(layout), arena, slots=i64(5), plane_offsets=i64(5), entries=i64(5))
+
+
+def run_memory_indexer(heads: int, layers: int, dtype: torch.dtype) -> None:
+    queries, weights = torch.zeros(2, layers, heads, 128, dtype=dtype), torch.zeros(2, layers, heads)
+    keys = torch.zeros(1 << 16, dtype=torch.uint8)
+    memory_indexer.memory_indexer(
+        queries, weights, keys, layout=KEY, plane_offsets=i64(2, 5, layers), threshold=0.5
+    )
+
+
+def run_native_indexer(heads: int, dims: int) -> None:
+    pool = key_pool(KeyLayout(64, dims, "fp8"))
+    native_indexer.native_indexer(
+        torch.zeros(2, heads, dims),
+        torch.zeros(2, heads),
+        pool,
+        block_table=torch.zeros(2, 5, dtype=torch.int32),
+        visible=i64(2),
+    )
+
+
+def run_select_topk(entries: int, k: int) -> None:
+    select_topk.select_topk(torch.zeros(1, entries), k)
+
+
+def run_sparse_decode(layout: RowLayout, heads: int, selected: int, dtype: torch.dtype) -> None:
+    pool = row_pool(layout) if selected else None
+    window = row_pool(RowLayout(128, layout.nope_dims, layout.rope_dims, "fp8"))
+    q = torch.zeros(2, heads, layout.head_dim, dtype=dtype)
+    sparse_decode.sparse_decode(
+        q, pool, i64(2, selected), window, i64(2, 128), torch.zeros(heads), softmax_scale=0.1
+    )
+
+
+def run_compress_quantize(pool: RowPool | KeyPool, tokens: int) -> None:
+    dims = pool.layout.dims
+    kv = torch.zeros(3, tokens, dims)
+    angle = torch.zeros(3, 32)
+    compress_quantize.compress_quantize(
+        kv, kv, torch.ones(dims), angle, angle, pool, i64(3), rope_dims=64, eps=1e-6
+    )
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+Variant = tuple[ModuleType, str, Callable[[], None]]
+VARIANTS: dict[str, Variant] = {
+    "gather_blocks": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(987_008)),
+    "gather_blocks-odd": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(1008)),
+    "gather_rows": (gather_rows, "copy_rows", lambda: run_gather_rows(FLASH)),
+    "gather_rows-fp32": (gather_rows, "copy_rows", lambda: run_gather_rows(RowLayout(1, 64, 64, "fp32"))),
+    "memory_indexer": (memory_indexer, "score_entries", lambda: run_memory_indexer(128, 3, F32)),
+    "memory_indexer-bf16": (memory_indexer, "score_entries", lambda: run_memory_indexer(64, 3, BF16)),
+    "memory_indexer-ones": (memory_indexer, "score_entries", lambda: run_memory_indexer(1, 1, F32)),
+    "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, 128)),
+    "native_indexer-ones": (native_indexer, "score_resident", lambda: run_native_indexer(1, 64)),
+    "select_topk": (select_topk, "select_row", lambda: run_select_topk(262_144, 512)),
+    "select_topk-ones": (select_topk, "select_row", lambda: run_select_topk(1, 1)),
+    "sparse_decode": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
+    "sparse_decode-bf16": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 128, 2048, BF16)),
+    "sparse_decode-window": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 0, BF16)),
+    "sparse_decode-ones": (sparse_decode, "attend", lambda: run_sparse_decode(SEEDED, 1, 1, BF16)),
+    "compress_quantize-c4": (
+        compress_quantize,
+        "close_entry",
+        lambda: run_compress_quantize(row_pool(FLASH), 8),
+    ),
+    "compress_quantize-c128": (
+        compress_quantize,
+        "close_entry",
+        lambda: run_compress_quantize(row_pool(FLASH), 128),
+    ),
+    "compress_quantize-window": (
+        compress_quantize,
+        "close_entry",
+        lambda: run_compress_quantize(row_pool(FLASH), 1),
+    ),
+    "compress_quantize-key": (
+        compress_quantize,
+        "close_entry",
+        lambda: run_compress_quantize(key_pool(KEY), 8),
+    ),
+}
+
+
+def main() -> None:
+    """Compile all variants, print their shared memory."""
+    shared_bytes = {}
+    for name, (module, kernel_name, launch) in VARIANTS.items():
+        kernel = getattr(module, kernel_name)
+        compiler = CompilerInsteadOfLaunch(kernel)
+        setattr(module, kernel_name, compiler)
+        launch()
+        setattr(module, kernel_name, kernel)
+        shared_bytes[name] = compiler.shared_bytes
+    print(json.dumps(shared_bytes))
+
+
+if __name__ == "__main__":
+    main()

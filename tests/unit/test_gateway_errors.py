@@ -1,0 +1,275 @@
+"""Errors: OpenAI's shape everywhere, the wrong field named, Retry-After where waiting helps, no echo."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from tests.unit.conftest import MODEL, FakeWorker, OpenGateway, StartWorker, chat, silent, started, until
+
+from forepage.errors import CapacityError, ForepageError, RateLimitError
+from forepage.rpc import worker_pb2 as pb
+from forepage.rpc.edge import abort
+
+USER = {"role": "user", "content": "x"}
+JSON = {"content-type": "application/json"}
+SECRET = "s3cret-prompt"
+
+
+def error_of(reply: httpx.Response) -> dict[str, str | None]:
+    body = reply.json()
+    assert list(body) == ["error"]
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert SECRET not in reply.text
+    error: dict[str, str | None] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": [USER, {"content": "x"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": {"type": SECRET}}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages[0].role"),
+        ({"messages": [{"role": SECRET, "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}, USER]}, "messages[0].tool_calls"),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages[1].role"),
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"tools": [{}]}, "tools"),
+        ({"functions": [{}]}, "functions"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"seed": 2**64}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": "5"}, "max_completion_tokens"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["a", 5]}, "stop[1]"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"cache_salt": 5}, "cache_salt"),
+        ({"forepage": []}, "forepage"),
+        ({"forepage": {"mode": "fast"}}, "forepage.mode"),
+        ({"forepage": {"min_recall": 1.5}}, "forepage.min_recall"),
+        ({"forepage": {"budget_blocks": 0}}, "forepage.budget_blocks"),
+        ({"forepage": {"min_recal": 0.5}}, "forepage.min_recal"),
+    ],
+    ids=str,
+)
+async def test_wrong_chat_field_is_named(
+    start_worker: StartWorker, open_gateway: OpenGateway, fields: dict[str, Any], param: str
+) -> None:
+    worker = await start_worker()
+    gateway = await open_gateway(worker)
+    content = json.dumps(chat(SECRET, **fields))  # ASCII: a lone surrogate stays one
+    reply = await gateway.client.post("/v1/chat/completions", content=content, headers=JSON)
+    error = error_of(reply)
+    assert reply.status_code == 400
+    assert error["param"] == param
+    assert error["type"] == error["code"] == "invalid_request_error"
+    assert worker.requests == []
+    assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1], [2]]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt[1]"),
+        ({"prompt": [1, 2, 320]}, "prompt[2]"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": "a", "logprobs": 0}, "logprobs"),
+        ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+    ],
+    ids=str,
+)
+async def test_wrong_completion_field_is_named(
+    start_worker: StartWorker, open_gateway: OpenGateway, fields: dict[str, Any], param: str
+) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.post("/v1/completions", json={"model": MODEL, **fields})
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe{", b"[" * 100_000, b'{"seed": ' + b"1" * 5000 + b"}"],
+    ids=["empty", "cut", "list", "null", "text", "not-utf8", "deep", "huge-number"],
+)
+async def test_malformed_body_is_a_400(
+    start_worker: StartWorker, open_gateway: OpenGateway, content: bytes
+) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.post("/v1/chat/completions", content=content, headers=JSON)
+    assert reply.status_code == 400
+    assert error_of(reply)["code"] == "invalid_request_error"
+
+
+async def test_body_must_say_that_it_is_json(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.post(
+        "/v1/completions", content=b"{}", headers={"content-type": "text/plain"}
+    )
+    assert reply.status_code == 400
+    assert "content-type" in str(error_of(reply)["message"])
+
+
+async def test_unknown_path_and_method(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.get("/v1/nothing")
+    assert (reply.status_code, error_of(reply)["code"]) == (404, "not_found")
+    reply = await gateway.client.get("/v1/completions")
+    assert (reply.status_code, error_of(reply)["code"]) == (405, "method_not_allowed")
+    assert reply.headers["allow"] == "POST"
+
+
+async def test_unknown_model_is_a_404(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.post("/v1/chat/completions", json=chat(model="gpt-9"))
+    error = error_of(reply)
+    assert (reply.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+
+
+async def test_without_a_worker_it_is_a_503(open_gateway: OpenGateway) -> None:
+    gateway = await open_gateway()
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "dependency_unavailable")
+    assert int(reply.headers["retry-after"]) >= 1
+    ready = await gateway.client.get("/health/ready")
+    assert (ready.status_code, ready.json()) == (503, {"status": "no_worker"})
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_body_over_the_bound_is_a_413(
+    start_worker: StartWorker, open_gateway: OpenGateway, announced: bool
+) -> None:
+    gateway = await open_gateway(await start_worker(), max_body_bytes=1024)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield b"x" * 300
+
+    content = b"x" * 1500 if announced else chunks()
+    reply = await gateway.client.post("/v1/completions", content=content)
+    assert (reply.status_code, error_of(reply)["code"]) == (413, "request_too_large")
+    assert gateway.admission.running == 0
+
+
+async def test_over_the_concurrency_limit_is_a_429(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    worker = await start_worker()
+    gateway = await open_gateway(worker, max_concurrent_requests=1)
+    with gateway.admission.slot():
+        reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["code"]) == (429, "rate_limit_exceeded")
+    assert reply.headers["retry-after"] == "1"
+    assert worker.requests == []
+    assert (await gateway.client.post("/v1/chat/completions", json=chat())).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "retry_after"),
+    [
+        ("capacity_exhausted", 503, "7"),
+        ("rate_limit_exceeded", 429, "7"),
+        ("context_length_exceeded", 400, None),
+        ("deadline_exceeded", 504, None),
+        ("integrity_error", 500, None),
+        ("something_new", 500, None),
+    ],
+)
+async def test_failed_event_keeps_its_type(
+    start_worker: StartWorker, open_gateway: OpenGateway, code: str, status: int, retry_after: str | None
+) -> None:
+    async def script(_: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield pb.GenerateEvent(failed=pb.Failed(code=code, message="no", retry_after_s=6.2))
+
+    gateway = await open_gateway(await start_worker(script=script))
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert reply.status_code == status
+    assert error_of(reply)["message"] == "no"
+    assert reply.headers.get("retry-after") == retry_after
+
+
+@pytest.mark.parametrize("error", [RateLimitError("full", None, 3.0), CapacityError("full", None, 3.0)])
+async def test_refused_call_keeps_its_type(open_gateway: OpenGateway, error: ForepageError) -> None:
+    class Refusing(FakeWorker):
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateEvent]:  # noqa: ARG002, N802
+            await abort(context, error)
+            yield pb.GenerateEvent()
+
+    worker = Refusing()
+    await worker.start()
+    gateway = await open_gateway(worker)
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, reply.headers["retry-after"]) == (error.http_status, "3")
+    assert error_of(reply)["code"] == error.code
+    await worker.stop()
+
+
+async def test_worker_that_ends_without_a_result_is_an_error(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield started(request)
+
+    gateway = await open_gateway(await start_worker(script=script))
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["code"]) == (503, "dependency_unavailable")
+
+
+async def test_deadline_is_a_504(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
+    worker = await start_worker(script=silent)
+    gateway = await open_gateway(worker, request_timeout_s=0.2)
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+    await until(lambda: worker.cancelled == 1)
+
+
+async def test_bug_is_a_500_without_details(
+    start_worker: StartWorker, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(await start_worker())
+
+    def broken(_: str) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(gateway.directory, "workers_for", broken)
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["code"]) == (500, "internal_error")
+    assert reply.headers["x-request-id"]
+    assert gateway.admission.running == 0
