@@ -26,6 +26,19 @@ def jit(fn: Callable[..., Any]) -> Kernel:
     return cast(Kernel, triton.jit(fn))
 
 
+def jit_unspecialised(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """`jit`, but one binary for all values of these integers.
+
+    Triton compiles 1 and multiples of 16 apart. Where results must not depend on a pool's size by a
+    single bit, only one binary can promise that.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Kernel:
+        return cast(Kernel, triton.jit(fn, do_not_specialize=list(names)))
+
+    return decorate
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n >= 1: the size of a Triton range over n things."""
     return 1 << (n - 1).bit_length()

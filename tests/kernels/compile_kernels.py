@@ -59,7 +59,8 @@ class CompilerInsteadOfLaunch:
         attributes: dict[tuple[int, ...], list[list[object]]] = {}
         values = dict(zip(names, args, strict=False)) | kwargs
         for index, name in enumerate(names):
-            kind, aligned = specialise(values[name], constexpr=name in kwargs)
+            general = self.kernel.params[index].do_not_specialize
+            kind, aligned = specialise(values[name], constexpr=name in kwargs, general=general)
             signature[name] = kind
             if kind == "constexpr":
                 constants[(index,)] = values[name]
@@ -69,16 +70,16 @@ class CompilerInsteadOfLaunch:
         self.shared_bytes = triton.compile(source, target=HOPPER, options=options).metadata.shared
 
 
-def specialise(value: object, *, constexpr: bool) -> tuple[str, bool]:
-    """Triton's type of an argument, and whether it is a multiple of 16."""
-    if constexpr or (isinstance(value, int) and value == 1):
+def specialise(value: object, *, constexpr: bool, general: bool) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether it is a multiple of 16; `general`: do not look at it."""
+    if constexpr or (isinstance(value, int) and value == 1 and not general):
         return "constexpr", False
     if isinstance(value, Tensor):
         return POINTERS[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return "fp32", False
     assert isinstance(value, int)
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not general
 
 
 def i64(*sizes: int) -> Tensor:

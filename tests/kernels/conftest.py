@@ -96,11 +96,10 @@ def register_arena(device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]
     """Let the GPU read a host tensor in place, as workers do with the shared arena."""
     registered: list[int] = []
     cudart: Any = torch.cuda.cudart
-    runtime = cudart() if device.type == "cuda" else None
 
     def register(arena: Tensor) -> Tensor:
-        if runtime is not None:
-            status = runtime.cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)
+        if device.type == "cuda":
+            status = cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0)
             assert int(status) == 0, f"cudaHostRegister: {status}"
             registered.append(arena.data_ptr())
         return arena
@@ -109,4 +108,4 @@ def register_arena(device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]
     if registered:
         torch.cuda.synchronize()
     for pointer in registered:
-        runtime.cudaHostUnregister(pointer)
+        cudart().cudaHostUnregister(pointer)

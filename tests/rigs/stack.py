@@ -76,6 +76,7 @@ class Stack:
 
     def stop(self) -> None:
         """SIGTERM in the order of `forepage up`; everything must go by itself."""
+        stuck = []
         for role in reversed(ORDER):
             process = self._processes.get(role)
             if process is None or process.poll() is not None:
@@ -86,7 +87,8 @@ class Stack:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                raise AssertionError(f"{role} did not stop on SIGTERM; {self.tail(role)}") from None
+                stuck.append(f"{role}: {self.tail(role)}")
+        assert not stuck, f"did not stop on SIGTERM: {stuck}"
 
     def tail(self, role: str) -> str:
         """The end of a process's log."""

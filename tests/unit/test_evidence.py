@@ -25,7 +25,7 @@ def test_all_resident_has_full_recall() -> None:
 def test_absent_entry_in_the_top_is_missed_with_its_mass() -> None:
     verdict = merge_audit([0.0, -50.0], absent((7, math.log(3))), topk=2)
     assert verdict.missed_mass == pytest.approx(0.75)
-    assert verdict.missing == ((BlockIdx(7), pytest.approx(0.75)),)
+    assert dict(verdict.missing) == {7: pytest.approx(0.75)}
     assert (verdict.num_evidence, verdict.num_evidence_resident) == (2, 1)
     assert verdict.recall_at_k == 0.5
 

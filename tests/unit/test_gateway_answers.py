@@ -4,9 +4,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.unit.conftest import ANSWER, MODEL, OpenGateway, StartWorker, chat, endless, started, tokens, until
 
 from forepage.rpc import worker_pb2 as pb
+from rigs.fake_worker import ANSWER, MODEL, StartWorker, endless, started, tokens
+from rigs.gateways import OpenGateway, chat, until
 
 
 async def test_chat_answers_whole(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
@@ -102,7 +103,8 @@ async def test_defaults_are_neutral_and_the_seed_random(
 ) -> None:
     worker = await start_worker()
     gateway = await open_gateway(worker, default_max_tokens=11)
-    nulls = dict.fromkeys(("temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs", "n"))
+    fields = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "logprobs", "n", "forepage")
+    nulls: dict[str, Any] = dict.fromkeys(fields)
     for _ in range(2):
         await gateway.client.post("/v1/chat/completions", json=chat(**nulls, unheard_of=1))
     first, second = (request.sampling for request in worker.requests)

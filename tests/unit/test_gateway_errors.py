@@ -6,11 +6,12 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.unit.conftest import MODEL, FakeWorker, OpenGateway, StartWorker, chat, silent, started, until
 
 from forepage.errors import CapacityError, ForepageError, RateLimitError
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.edge import abort
+from rigs.fake_worker import MODEL, FakeWorker, StartWorker, silent, started
+from rigs.gateways import OpenGateway, chat, until
 
 USER = {"role": "user", "content": "x"}
 JSON = {"content-type": "application/json"}

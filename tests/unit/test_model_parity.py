@@ -23,7 +23,8 @@ ATOL = 2e-5
 TIE_MARGIN = 1e-5
 """Scores closer than this may be ordered either way (rounding differs), so selections may differ there."""
 NUM_TOKENS = 700
-SEED = 7
+SEED = 9
+"""With it no selection below has a near-tie, so nothing hangs on one machine's rounding."""
 CPU = torch.device("cpu")
 
 CONFIG: dict[str, object] = {
@@ -258,8 +259,27 @@ def test_selection_equals_the_oracle_up_to_near_ties() -> None:
 
     A set that differs at a near-tie changes later rows, so the comparison ends there.
     """
-    topk = 32
-    subject = Subject.build(index_topk=topk)
+    subject = Subject.build(index_topk=32)
+    scores = oracle_scores(subject)
+    [output] = subject.prefill(subject.pools(1), NUM_TOKENS)
+    same = NUM_TOKENS
+    for layer_scores, tap in zip(scores, output.indexer, strict=True):
+        same = min(same, first_difference(layer_scores, tap.selected))
+    assert same > NUM_TOKENS - 100, "selection is active from token 131 on"
+    torch.testing.assert_close(output.logits[:same], subject.expected[:same], atol=ATOL, rtol=0)
+
+
+def test_decode_with_selection_equals_the_oracle() -> None:
+    subject = Subject.build(index_topk=32)
+    pools, prompt = subject.pools(1), 420
+    subject.prefill(pools, prompt, chunk=100)
+    for position in range(prompt, prompt + 60):
+        logits = subject.decode(pools, [position])
+        torch.testing.assert_close(logits[0], subject.expected[position], atol=ATOL, rtol=0)
+
+
+def oracle_scores(subject: Subject) -> list[Tensor]:
+    """The oracle's indexer scores of the whole text, [S, N] for each c4 layer."""
     scores: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, out: scores.append(out[0]))
@@ -269,12 +289,7 @@ def test_selection_equals_the_oracle_up_to_near_ties() -> None:
     subject.oracle(subject.tokens.unsqueeze(0))
     for hook in hooks:
         hook.remove()
-    [output] = subject.prefill(subject.pools(1), NUM_TOKENS)
-    same = NUM_TOKENS
-    for layer_scores, tap in zip(scores, output.indexer, strict=True):
-        same = min(same, first_difference(layer_scores, tap.selected))
-    assert same > 4 * topk * 2, "selection must have been active for a while before any near-tie"
-    torch.testing.assert_close(output.logits[:same], subject.expected[:same], atol=ATOL, rtol=0)
+    return scores
 
 
 def first_difference(scores: Tensor, selected: Tensor) -> int:

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import encode_bf16, encode_e4m3, plane_base, power_of_2, scale_exponent
-from forepage_kernels.jit import jit, next_power_of_2, on_device_of
+from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, KeyLayout, KeyPool, RowLayout, RowPool
 
 MAX_TILE_TOKENS = 8
@@ -54,7 +54,7 @@ def compress_quantize(
         )
 
 
-@jit
+@jit_unspecialised("num_slots")
 def close_entry(
     kv: tl.tensor,
     gate: tl.tensor,

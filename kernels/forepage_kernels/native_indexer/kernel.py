@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import plane_base
-from forepage_kernels.jit import jit, on_device_of
+from forepage_kernels.jit import jit_unspecialised, on_device_of
 from forepage_kernels.key_scores import TILE_ENTRIES, score_keys, tile_heads
 from forepage_kernels.layout import KeyPool
 
@@ -42,7 +42,7 @@ def native_indexer(
     return scores
 
 
-@jit
+@jit_unspecialised("num_entries", "num_blocks")
 def score_resident(
     q: tl.tensor,
     weights: tl.tensor,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import load_bf16, load_e4m3, plane_base, power_of_2
-from forepage_kernels.jit import jit, next_power_of_2, on_device_of
+from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, RowPool
 
 TILE_HEADS = 16
@@ -69,7 +69,7 @@ def sparse_decode(
     return out
 
 
-@jit
+@jit_unspecialised("num_rows", "num_window", "pool_slots", "window_pool_slots")
 def attend(
     q: tl.tensor,
     pool: tl.tensor,

@@ -6,31 +6,9 @@ dies, and keeps it while the process is only stopped. (A forked child that does 
 
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NewType
 
 from forepage.errors import DependencyError
-
-HolderId = NewType("HolderId", str)
-_SUFFIX = ".lock"
-
-
-def holder_lock_path(shm_dir: Path, instance: str, holder_id: str) -> Path:
-    """The file a holder locks for its life."""
-    return shm_dir / f"{_holder_prefix(instance)}{holder_id}{_SUFFIX}"
-
-
-def manager_lock_path(shm_dir: Path, instance: str) -> Path:
-    """The file that the one cold pool manager of an instance locks."""
-    return shm_dir / f"forepage-{instance}-manager{_SUFFIX}"
-
-
-def holder_ids_on_disk(shm_dir: Path, instance: str) -> Iterator[HolderId]:
-    """Holders that left a lock file, alive or not."""
-    prefix = _holder_prefix(instance)
-    for path in sorted(shm_dir.glob(f"{prefix}*{_SUFFIX}")):
-        yield HolderId(path.name[len(prefix) : -len(_SUFFIX)])
 
 
 class ProcessLock:
@@ -101,10 +79,6 @@ class LockProbe:
     def close(self) -> None:
         """Stop watching."""
         os.close(self._descriptor)
-
-
-def _holder_prefix(instance: str) -> str:
-    return f"forepage-{instance}-holder-"
 
 
 def _try_flock(descriptor: int) -> bool:

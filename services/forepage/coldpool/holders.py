@@ -7,8 +7,9 @@ with it everything it leases.
 import re
 from pathlib import Path
 
-from forepage.coldpool.holder_lock import HolderId, LockProbe, holder_ids_on_disk, holder_lock_path
+from forepage.coldpool.holder_lock import LockProbe
 from forepage.coldpool.lease_table import UNKNOWN_HOLDER
+from forepage.coldpool.shm_names import HolderId, holder_ids_on_disk, holder_lock_path
 from forepage.errors import RequestError
 
 _HOLDER_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -17,14 +17,28 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from forepage.coldpool.holder_lock import HolderId
 from forepage.coldpool.records import ArenaId, RecordInfo, SlotHeader, SlotRef, SlotState
+from forepage.coldpool.shm_names import HolderId
 from forepage.coldpool.slot_table import Place, SlotCounts, SlotTable
 from forepage.errors import CapacityError, RequestError
 
 UNKNOWN_HOLDER = "holder_id"
 """`param` of the error that tells a client to attach again."""
+
+
+@dataclass(frozen=True)
+class PrefixLease:
+    """What was leased: `blocks` in order, and the parts of the resume record after the last of them."""
+
+    blocks: tuple[SlotRef, ...] = ()
+    resume_parts: tuple[SlotRef, ...] = ()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks the caller need not prefill again."""
+        return len(self.blocks)
 
 
 class LeaseTable:
@@ -39,6 +53,10 @@ class LeaseTable:
     def add_holder(self, holder: HolderId) -> None:
         """Know a holder; leases that it has already stay."""
         self._leases.setdefault(holder, Counter())
+
+    def check_holder(self, holder: HolderId) -> None:
+        """Raises: RequestError (param UNKNOWN_HOLDER) unless the holder was added."""
+        self._leases_of(holder)
 
     def drop_holder(self, holder: HolderId) -> None:
         """A holder is gone: its leases end, what it was writing is freed."""

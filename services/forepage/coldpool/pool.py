@@ -16,7 +16,6 @@ import structlog
 from forepage.coldpool.arena import Arena
 from forepage.coldpool.counters import ARENA, ColdPoolCounters
 from forepage.coldpool.directory import Directory
-from forepage.coldpool.holder_lock import HolderId
 from forepage.coldpool.lease_table import LeaseTable
 from forepage.coldpool.records import (
     LAYOUT_VERSION,
@@ -26,6 +25,7 @@ from forepage.coldpool.records import (
     encode_record,
     payload_checksum,
 )
+from forepage.coldpool.shm_names import HolderId
 from forepage.coldpool.slot_table import SlotCounts
 from forepage.coldpool.tiers import RecordTiers
 from forepage.errors import IntegrityError, RequestError
@@ -110,6 +110,7 @@ class ColdPool:
 
     async def reserve(self, holder: HolderId, count: int) -> list[SlotRef]:
         """Free slots to write, evicting (and spilling) as needed. Raises: CapacityError."""
+        self.table.check_holder(holder)
         for _ in range(_SPILL_ROUNDS):
             num_missing = count - self.table.num_free
             victims = self.table.victims(max(num_missing, 0))

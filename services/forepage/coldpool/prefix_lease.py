@@ -5,34 +5,19 @@ turns out damaged, gone, or without room, until every record of the answer is le
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
-from forepage.coldpool.holder_lock import HolderId
-from forepage.coldpool.lease_table import longest_prefix
+from forepage.coldpool.lease_table import PrefixLease, longest_prefix
 from forepage.coldpool.pool import ColdPool
-from forepage.coldpool.records import SlotRef
+from forepage.coldpool.shm_names import HolderId
 from forepage.errors import CapacityError
 from forepage.settings import Verify
 
 _LOAD_BATCH = 8
 """Records loaded at once: bounds the heap that a long prefix takes on its way in."""
 _log = structlog.get_logger("forepage.coldpool")
-
-
-@dataclass(frozen=True)
-class PrefixLease:
-    """What was leased: `blocks` in order, and the parts of the resume record after the last of them."""
-
-    blocks: tuple[SlotRef, ...] = ()
-    resume_parts: tuple[SlotRef, ...] = ()
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks the caller need not prefill again."""
-        return len(self.blocks)
 
 
 async def lease_prefix(
@@ -45,6 +30,7 @@ async def lease_prefix(
 
     Raises: RequestError if the holder is not attached.
     """
+    pool.table.check_holder(holder)
     absent: set[bytes] = set()
     while True:
         stored = await _find_stored(pool, block_keys, resume_keys, absent)

@@ -24,12 +24,13 @@ from forepage.coldpool.arena import Arena, arena_path
 from forepage.coldpool.counters import ColdPoolCounters
 from forepage.coldpool.directory import Directory
 from forepage.coldpool.disk_tier import DiskTier
-from forepage.coldpool.holder_lock import ProcessLock, manager_lock_path
+from forepage.coldpool.holder_lock import ProcessLock
 from forepage.coldpool.holders import HolderRegistry
 from forepage.coldpool.lease_table import LeaseTable
 from forepage.coldpool.pool import ColdPool, Identity
 from forepage.coldpool.redis_tier import RedisTier
 from forepage.coldpool.servicer import ArenaLeases
+from forepage.coldpool.shm_names import manager_lock_path
 from forepage.coldpool.tiers import RecordTier, RecordTiers
 from forepage.coldpool.upkeep import reap_holders, scrub
 from forepage.errors import CapacityError, DependencyError, ModelFormatError
@@ -98,7 +99,7 @@ async def _serve_until(
     coldpool = settings.coldpool
 
     def register(server: grpc.aio.Server) -> None:
-        add_ColdPoolServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+        add_ColdPoolServicer_to_server(servicer, server)
 
     async with asyncio.TaskGroup() as tasks:
         upkeep = [

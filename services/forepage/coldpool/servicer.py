@@ -7,10 +7,10 @@ import grpc
 import structlog
 from opentelemetry.trace import Span, SpanKind
 
-from forepage.coldpool.holder_lock import HolderId
 from forepage.coldpool.holders import HolderRegistry
 from forepage.coldpool.pool import ColdPool
 from forepage.coldpool.prefix_lease import lease_prefix
+from forepage.coldpool.shm_names import HolderId
 from forepage.coldpool.wire import (
     block_keys_from_wire,
     records_from_wire,

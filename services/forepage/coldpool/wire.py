@@ -25,7 +25,7 @@ def record_to_wire(record: PublishedRecord) -> pb.PublishedRecord:
     return pb.PublishedRecord(
         slot=pb.SlotRef(arena_id=record.slot.arena_id, generation=record.slot.generation),
         key=record.key,
-        kind=pb.RecordKind(int(record.kind)),
+        kind=f"RECORD_KIND_{record.kind.name}",
         part=record.part,
         num_parts=record.num_parts,
         payload_bytes=record.payload_bytes,

@@ -33,6 +33,14 @@ def _one_prompt(value: Any) -> Any:
     return value
 
 
+def _encodable(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode: it has a lone surrogate") from None
+    return value
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -46,7 +54,8 @@ def _plain_text(value: Any) -> Any:
 Off = Annotated[Any, AfterValidator(_off)]
 Absent = Annotated[Any, AfterValidator(_absent)]
 TokenId = Annotated[int, Field(ge=0)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Text = Annotated[str, AfterValidator(_encodable)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class _Body(BaseModel):
@@ -74,7 +83,7 @@ class GenerationBody(_Body):
 
     prompt_field: ClassVar[str]
 
-    model: str = Field(min_length=1, max_length=256)
+    model: Text = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
@@ -88,7 +97,7 @@ class GenerationBody(_Body):
     user: Any = None
     ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
     forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
-    cache_salt: str | None = Field(
+    cache_salt: Text | None = Field(
         None, max_length=256, description="extension: prefixes are shared only between equal salts"
     )
     frequency_penalty: Off = None
@@ -106,15 +115,15 @@ class TextPart(_Body):
     """A part of a message's content; only text."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessageFields(_Body):
     """A message; roles are checked where the chat layout is made."""
 
     role: str
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
     tool_calls: Off = None
     function_call: Off = None
 
@@ -147,7 +156,7 @@ class TextBody(GenerationBody):
 
     prompt_field: ClassVar[str] = "prompt"
 
-    prompt: Annotated[str | list[TokenId], Field(min_length=1), BeforeValidator(_one_prompt)]
+    prompt: Annotated[Text | list[TokenId], Field(min_length=1), BeforeValidator(_one_prompt)]
     best_of: Literal[1] | None = None
     echo: Off = None
     suffix: Off = None

@@ -36,7 +36,7 @@ class WorkerClient:
         self.address = address
         self.wanted = True
         self._channel = open_channel(address)
-        self._stub = DecodeWorkerStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._stub = DecodeWorkerStub(self._channel)
         self._said: pb.DescribeReply | None = None
         self._reachable = False
         self._slow_polls = 0

@@ -44,7 +44,8 @@ def audit_layer(
     num_visible = sum(min(BLOCK_ENTRIES, visible - block * BLOCK_ENTRIES) for block in asked)
     scores = _native_scores(keys, question, table, num_visible, check)  # [n, entries]
     readable &= keys.readable(refs)
-    readable &= ~(scores.isnan() | scores.isposinf()).any(dim=1)
+    is_visible = (torch.arange(scores.numel()) < num_visible).view_as(scores)
+    readable &= (scores.isfinite() | ~is_visible).all(dim=1)
     scores[~readable] = -torch.inf
     flat = scores.flatten()
     best = select_topk(flat.unsqueeze(0), question.topk)[0] if asked else torch.zeros(0, dtype=torch.int64)

@@ -101,6 +101,8 @@ class Child:
         process = self._process
         if process is None:
             return
+        clock = asyncio.get_running_loop().time
+        asked = clock()
         if process.returncode is None:
             if not hurry.is_set():
                 process.terminate()
@@ -109,6 +111,7 @@ class Child:
         self._signal_group(signal.SIGKILL)
         await process.wait()
         self.ready.clear()
+        self._tell(f"{self.spec.name}: ended after {clock() - asked:.1f} s")
 
     async def _start(self) -> asyncio.subprocess.Process:
         with self.log_path.open("ab") as log:

@@ -54,8 +54,7 @@ class Tokenizer:
         missing = [name for name in ControlToken if name not in id_by_name]
         if missing:
             raise ModelFormatError(f"{path}: no token named {', '.join(missing)}")
-        table = _bytes_table(vocab, added)
-        return cls(text, table, id_by_name, max(len(item) for item in table))
+        return cls(text, _bytes_table(vocab, added), id_by_name, max(map(len, vocab)))
 
     @property
     def vocab_size(self) -> int:

@@ -71,7 +71,6 @@ class IndexClient:
     async def _stream(self, stub: rpc.LookaheadIndexStub) -> None:
         self._outbox = asyncio.Queue(MAX_OPEN)
         call = stub.Lookahead(self._requests(self._outbox))
-        await call.wait_for_connection()
         self._connected = True
         self._log.info("lookahead index connected", address=self._address)
         async for reply in call:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from forepage.coldpool.client import Reattached
 from forepage.errors import (
     CapacityError,
     DependencyError,
@@ -89,6 +90,10 @@ class Loop:
         """The stream to the index broke (any thread)."""
         self.post(self._lookahead.on_index_down)
 
+    def take_reattached(self, news: Reattached) -> None:
+        """The cold pool manager restarted (any thread): what it lost is lost to the sequences too."""
+        self.post(lambda: self._on_reattached(news))
+
     def stop(self, timeout_s: float) -> None:
         """End every sequence with an error, then the thread."""
         self.post(self._stop)
@@ -161,6 +166,7 @@ class Loop:
             and sequence.prefix_load.done()
         ):
             self._admission.finish_loading(sequence)
+            sequence.emit(_started(sequence))
         elif sequence.phase is Phase.FIRST_PLAN:
             self._await_first_plan(sequence)
         elif sequence.phase in (Phase.DECODE, Phase.PAUSED):
@@ -258,6 +264,17 @@ class Loop:
     def _on_reply(self, reply: index_pb2.LookaheadReply) -> None:
         self._lookahead.on_reply(reply)
 
+    def _on_reattached(self, news: Reattached) -> None:
+        """Sequences whose records are gone end; a new arena can't be swapped under a running worker."""
+        void = set(news.void)
+        for sequence in list(self._live.values()):
+            if void.intersection(sequence.arena.all_refs()):
+                self._fail(
+                    sequence, DependencyError("the cold pool lost this request's blocks; retry", None, 1.0)
+                )
+        if news.new_arena is not None:
+            raise DependencyError("the cold pool has a new arena; the worker must start again")
+
     def _guarded(self, sequence: Sequence, act: Callable[[Sequence], None]) -> None:
         """A request's own error ends that request; a broken law ends the worker."""
         try:
@@ -321,6 +338,14 @@ class Loop:
         self._stopping = True
         for sequence in list(self._live.values()):
             self._fail(sequence, DependencyError("the worker is shutting down", None, 1.0))
+
+
+def _started(sequence: Sequence) -> pb.GenerateEvent:
+    return pb.GenerateEvent(
+        started=pb.Started(
+            prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens
+        )
+    )
 
 
 def _failed(error: ForepageError) -> pb.GenerateEvent:

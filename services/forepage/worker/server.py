@@ -73,7 +73,9 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
             self._loop.cancel(sequence)
 
     async def Describe(  # noqa: N802
-        self, _: pb.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]  # noqa: ARG002
+        self,
+        _: pb.DescribeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
     ) -> pb.DescribeReply:
         """Who this is and how busy."""
         blocks, settings = self._parts.blocks, self._parts.settings
@@ -142,6 +144,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             slot_bytes=geometry.slot_bytes,
             model_fingerprint=fingerprint,
             telemetry=telemetry,
+            on_reattach=lambda news: loop.take_reattached(news),
         )
         await client.attach()
         stack.push_async_callback(client.close)
@@ -158,7 +161,11 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         eos = config.get("eos_token_id")
         servicer = DecodeWorker(loop, parts, identity, eos=eos if isinstance(eos, int) else 1)
         loop.start()
-        tasks = [asyncio.create_task(parts.index.run()), asyncio.create_task(keep_card(settings, identity))]
+        tasks = [
+            asyncio.create_task(parts.index.run()),
+            asyncio.create_task(client.watch()),
+            asyncio.create_task(keep_card(settings, identity)),
+        ]
         async with serving(
             settings.worker.listen,
             lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server),

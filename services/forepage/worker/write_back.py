@@ -121,7 +121,8 @@ class WriteBack:
             sums = _checksums(transfer.copied)
             if sums is not None:
                 records = [
-                    replace(record, checksum=sum_) for record, sum_ in zip(transfer.records, sums, strict=True)
+                    replace(record, checksum=sum_)
+                    for record, sum_ in zip(transfer.records, sums, strict=True)
                 ]
                 transfer.published = self._parts.arena.publish(records, sequence.span)
             return False

@@ -1,0 +1,235 @@
+"""The lease table against a plain model: whatever happens in whatever order, its laws hold at every step.
+
+The model knows the truth: what each live holder believes it holds. The headers are what the pool would
+have written, so a restart is a new table that adopts them.
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from forepage.coldpool.lease_table import LeaseTable
+from forepage.coldpool.records import (
+    ArenaId,
+    RecordInfo,
+    RecordKind,
+    SlotHeader,
+    SlotRef,
+    SlotState,
+)
+from forepage.coldpool.shm_names import HolderId
+from forepage.errors import CapacityError, RequestError
+
+NUM_SLOTS = 6
+KEYS = [bytes([number]) * 32 for number in range(5)]
+HOLDERS = [HolderId(name) for name in ("ann", "bob", "cid")]
+holders = st.sampled_from(HOLDERS)
+keys = st.sampled_from(KEYS)
+
+
+def record_of(key: bytes) -> RecordInfo:
+    return RecordInfo(key, RecordKind.BLOCK, 0, 1, payload_bytes=8, checksum=1)
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = LeaseTable(NUM_SLOTS, first_generation=1)
+        self.headers = {ArenaId(i): SlotHeader(SlotState.FREE, 0) for i in range(NUM_SLOTS)}
+        self.held: dict[HolderId, Counter[SlotRef]] = {}
+        self.complete: dict[bytes, SlotRef] = {}
+        self.damaged: set[SlotRef] = set()
+        self.dead: list[SlotRef] = []
+        self.adopted: set[SlotRef] = set()
+        self.must_announce: set[HolderId] = set()
+
+    def mirror(self) -> None:
+        self.headers.update(self.table.take_changed())
+
+    def may_call(self, holder: HolderId) -> bool:
+        return holder in self.held and holder not in self.must_announce
+
+    def is_held(self, ref: SlotRef) -> bool:
+        return any(held[ref] for held in self.held.values())
+
+    def lose(self, holder: HolderId, ref: SlotRef) -> None:
+        """One lease less; what nobody holds and is no record is dead."""
+        self.held[holder][ref] -= 1
+        if not self.is_held(ref) and ref not in self.complete.values():
+            self.damaged.discard(ref)
+            self.dead.append(ref)
+
+    @rule(holder=holders)
+    def attach(self, holder: HolderId) -> None:
+        if holder not in self.must_announce:
+            self.table.add_holder(holder)
+            self.held.setdefault(holder, Counter())
+
+    @rule(holder=holders, count=st.integers(1, 3))
+    def reserve(self, holder: HolderId, count: int) -> None:
+        if not self.may_call(holder):
+            return
+        try:
+            refs = self.table.reserve(holder, count)
+        except CapacityError:
+            assert self.table.num_free < count
+            return
+        assert len(set(refs)) == count
+        for ref in refs:
+            assert not any(
+                ref.arena_id == other.arena_id for held in self.held.values() for other in held if held[other]
+            ), "a held slot was handed out"
+            assert ref not in self.dead
+            self.held[holder][ref] += 1
+        self.mirror()
+
+    @rule(holder=holders, key=keys, data=st.data())
+    def publish(self, holder: HolderId, key: bytes, data: st.DataObject) -> None:
+        if not self.may_call(holder):
+            return
+        done = {*self.complete.values(), *self.damaged}
+        writing = [ref for ref, count in self.held[holder].items() if count and ref not in done]
+        if not writing:
+            return
+        ref = data.draw(st.sampled_from(writing))
+        answer = self.table.publish(holder, ref, record_of(key))
+        assert answer == self.complete.setdefault(key, ref)
+        self.held[holder][answer] += 1
+        self.lose(holder, ref)
+        if answer == ref:
+            assert self.table.publish(holder, ref, record_of(key)) == ref, "publishing again changes nothing"
+        self.mirror()
+
+    @rule(holder=holders, key=keys, data=st.data())
+    @precondition(lambda self: self.dead)
+    def use_dead_ref(self, holder: HolderId, key: bytes, data: st.DataObject) -> None:
+        if not self.may_call(holder):
+            return
+        ref = data.draw(st.sampled_from(self.dead))
+        with pytest.raises(RequestError):
+            self.table.publish(holder, ref, record_of(key))
+        assert self.table.release(holder, [ref]) == 1
+        assert self.table.record_of(ref) is None
+        assert not self.table.evict(ref)
+        assert not self.table.mark_damaged(ref)
+
+    @rule(holder=holders, key=keys)
+    def lease(self, holder: HolderId, key: bytes) -> None:
+        if not self.may_call(holder):
+            return
+        ref = self.table.lease(holder, key)
+        assert ref == self.complete.get(key)
+        if ref is not None:
+            self.held[holder][ref] += 1
+
+    @rule(holder=holders, data=st.data())
+    def release(self, holder: HolderId, data: st.DataObject) -> None:
+        if not self.may_call(holder):
+            return
+        mine = list(self.held[holder].elements())
+        if not mine:
+            return
+        some = data.draw(st.lists(st.sampled_from(range(len(mine))), unique=True, min_size=1))
+        refs = [mine[index] for index in some]
+        assert self.table.release(holder, refs) == 0
+        for ref in refs:
+            self.lose(holder, ref)
+        self.mirror()
+
+    @rule(count=st.integers(1, 3))
+    def evict(self, count: int) -> None:
+        for ref in self.table.victims(count):
+            assert not self.is_held(ref), "a leased slot was chosen"
+            assert not (self.must_announce and ref in self.adopted), "a slot in doubt was chosen"
+            assert self.table.evict(ref)
+            self.complete = {key: its for key, its in self.complete.items() if its != ref}
+            self.dead.append(ref)
+        self.mirror()
+
+    @rule(key=keys)
+    def damage(self, key: bytes) -> None:
+        ref = self.complete.pop(key, None)
+        if ref is None:
+            return
+        assert self.table.mark_damaged(ref)
+        (self.damaged.add if self.is_held(ref) else self.dead.append)(ref)
+        self.mirror()
+
+    @rule(holder=holders)
+    def die(self, holder: HolderId) -> None:
+        if holder not in self.held:
+            return
+        for ref in list(self.held[holder].elements()):
+            self.lose(holder, ref)
+        del self.held[holder]
+        self.must_announce.discard(holder)
+        self.table.drop_holder(holder)
+        self.mirror()
+
+    @rule()
+    def restart_the_manager(self) -> None:
+        self.table = LeaseTable(NUM_SLOTS, first_generation=1)
+        self.must_announce = set(self.held)
+        self.adopted = set(self.complete.values())
+        self.table.adopt(iter(self.headers.items()), self.must_announce)
+        self.mirror()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.must_announce)
+    def announce(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.must_announce)))
+        self.must_announce.discard(holder)
+        self.table.add_holder(holder)
+        void = self.table.announce(holder, list(self.held[holder].elements()))
+        expected = [ref for ref in self.held[holder].elements() if ref in self.damaged]
+        assert Counter(void) == Counter(expected), "only damaged records may be lost"
+        for ref in expected:
+            self.lose(holder, ref)
+        self.mirror()
+
+    @rule(holder=holders)
+    def announce_again(self, holder: HolderId) -> None:
+        if self.may_call(holder):
+            refs = [ref for ref in self.held[holder].elements() if ref not in self.damaged]
+            self.table.announce(holder, refs)
+            for ref in list(self.held[holder].elements()):
+                if ref in self.damaged:
+                    self.lose(holder, ref)
+            self.mirror()
+
+    @invariant()
+    def laws_hold(self) -> None:
+        self.table.check_integrity()
+        counts = self.table.counts()
+        assert counts.free + counts.writing + counts.leased + counts.cached == counts.total == NUM_SLOTS
+
+    @invariant()
+    def what_a_live_holder_holds_is_untouched(self) -> None:
+        for held in self.held.values():
+            for ref in held.elements():
+                header = self.headers[ref.arena_id]
+                assert header.generation == ref.generation
+                if ref in self.complete.values():
+                    assert header.state is SlotState.COMPLETE
+                elif ref in self.damaged:
+                    assert header.state is SlotState.DAMAGED
+                else:
+                    assert header.state is SlotState.WRITING
+
+    @invariant()
+    def records_are_found_as_the_model_says(self) -> None:
+        assert {key: ref for key in KEYS if (ref := self.table.find(key)) is not None} == self.complete
+
+    def teardown(self) -> None:
+        for holder in list(self.held):
+            self.table.drop_holder(holder)
+        counts = self.table.counts()
+        assert (counts.writing, counts.leased) == (0, 0), "something leaked"
+        assert counts.cached == len(self.complete)
+
+
+LeaseMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestLeaseMachine = LeaseMachine.TestCase

@@ -1,0 +1,79 @@
+"""Gateways over fake workers: an app without a port, or the whole process on a free one."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from forepage.gateway.admission import Admission
+from forepage.gateway.worker_directory import WorkerDirectory
+from forepage.telemetry import Telemetry
+from rigs.fake_worker import MODEL
+
+DEADLINE_S = 10.0
+
+OpenGateway = Callable[..., Awaitable["OpenedGateway"]]
+ServeGateway = Callable[..., Awaitable["ServedGateway"]]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Poll until it holds; fails at the deadline."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.005)
+
+
+def data_points(reader: InMemoryMetricReader, name: str) -> list[Any]:
+    """Data points of an instrument."""
+    data = reader.get_metrics_data()
+    return [
+        point
+        for resource in (data.resource_metrics if data else ())
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == name
+        for point in metric.data.data_points
+    ]
+
+
+@dataclass
+class OpenedGateway:
+    """An app without a port, and its parts."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    directory: WorkerDirectory
+    admission: Admission
+    telemetry: Telemetry
+    span_exporter: InMemorySpanExporter
+    metric_reader: InMemoryMetricReader
+
+    def spans(self) -> dict[str, ReadableSpan]:
+        """Ended spans by name."""
+        return {span.name: span for span in self.span_exporter.get_finished_spans()}
+
+    def metric(self, name: str) -> list[Any]:
+        """Data points of an instrument."""
+        return data_points(self.metric_reader, name)
+
+
+@dataclass
+class ServedGateway:
+    """`run` on a port."""
+
+    url: str
+    stop: asyncio.Event
+    task: "asyncio.Task[None]"
+
+
+def chat(content: str = "Hi", **fields: Any) -> dict[str, Any]:
+    """A chat body."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}

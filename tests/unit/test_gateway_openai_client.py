@@ -1,0 +1,92 @@
+"""The client our users have: OpenAI's own, against the served gateway."""
+
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+
+from forepage.rpc import worker_pb2 as pb
+from rigs.fake_worker import ANSWER, MODEL, StartWorker, answer
+from rigs.gateways import ServeGateway
+
+MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+
+
+def client_of(url: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+async def test_chat_completions_and_models(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    gateway = await serve_gateway(await start_worker())
+    async with client_of(gateway.url) as client:
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, extra_body={"forepage": {"mode": "guarded"}, "top_k": 5}
+        )
+        assert chat.choices[0].message.content == ANSWER
+        assert chat.choices[0].finish_reason == "stop"
+        assert chat.usage is not None
+        assert chat.usage.prompt_tokens_details is not None
+        assert chat.usage.prompt_tokens_details.cached_tokens == 2
+        assert chat.usage.model_extra is not None
+        assert chat.usage.model_extra["forepage"]["mode_final"] == "exact"
+        text = await client.completions.create(model=MODEL, prompt="x", max_tokens=5)
+        assert text.choices[0].text == ANSWER[:5]
+        assert text.choices[0].finish_reason == "length"
+        assert [model.id async for model in client.models.list()] == [MODEL]
+
+
+async def test_streams(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    gateway = await serve_gateway(await start_worker())
+    async with client_of(gateway.url) as client:
+        chunks = [
+            chunk
+            async for chunk in await client.chat.completions.create(
+                model=MODEL, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+            )
+        ]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ANSWER
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == len(ANSWER.encode())
+        pieces = [
+            piece.choices[0].text
+            async for piece in await client.completions.create(model=MODEL, prompt="x", stream=True)
+        ]
+        assert "".join(pieces) == ANSWER
+
+
+async def test_errors_are_the_clients_own_types(
+    start_worker: StartWorker, serve_gateway: ServeGateway
+) -> None:
+    gateway = await serve_gateway(await start_worker(), max_body_bytes=2000)
+    async with client_of(gateway.url) as client:
+        create = client.chat.completions.create
+        with pytest.raises(openai.BadRequestError) as bad:
+            await create(model=MODEL, messages=MESSAGES, temperature=3)
+        assert (bad.value.param, bad.value.code) == ("temperature", "invalid_request_error")
+        with pytest.raises(openai.BadRequestError) as long:
+            await create(model=MODEL, messages=MESSAGES, max_tokens=5000)
+        assert (long.value.param, long.value.code) == ("messages", "context_length_exceeded")
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await create(model="other", messages=MESSAGES)
+        assert unknown.value.code == "model_not_found"
+        with pytest.raises(openai.APIStatusError) as large:
+            await create(model=MODEL, messages=[{"role": "user", "content": "x" * 5000}])
+        assert large.value.status_code == 413
+        assert large.value.request_id
+
+
+async def test_error_inside_a_stream_is_raised(
+    start_worker: StartWorker, serve_gateway: ServeGateway
+) -> None:
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        async for event in answer(request):
+            if event.WhichOneof("event") == "finished":
+                yield pb.GenerateEvent(failed=pb.Failed(code="integrity_error", message="damaged"))
+            yield event
+
+    gateway = await serve_gateway(await start_worker(script=script))
+    async with client_of(gateway.url) as client:
+        stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
+        with pytest.raises(openai.APIError, match="damaged") as caught:
+            _ = [chunk async for chunk in stream]
+        assert caught.value.code == "integrity_error"
