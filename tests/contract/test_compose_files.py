@@ -1,6 +1,7 @@
 """The compose files are valid with every overlay, and keep what docs/operations.md promises."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ OVERLAYS = ("docker/compose.gpu.yaml", "docker/compose.observability.yaml")
 COMBINATIONS = [choice for size in range(3) for choice in combinations(OVERLAYS, size)]
 OURS = ("coldpool", "index", "worker", "gateway")
 TORCH = {"index", "worker"}
+DEFAULTS = dict.fromkeys(("BASE_IMAGE", "VALKEY_IMAGE", "GATEWAY_PORT"), "")  # whatever the shell has set
 each_service = pytest.mark.parametrize("name", OURS)
 each_combination = pytest.mark.parametrize(
     "overlays", COMBINATIONS, ids=lambda paths: "+".join(paths) or "plain"
@@ -29,7 +31,9 @@ def resolved(*overlays: str) -> dict[str, Any]:
     """The merged files, as `docker compose config` resolves them."""
     files = [part for path in ("compose.yaml", *overlays) for part in ("-f", path)]
     command = [str(Path(sys.executable).with_name("docker-compose")), *files, "config", "--format", "json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | DEFAULTS, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

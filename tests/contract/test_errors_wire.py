@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from forepage import errors
 from forepage.errors import ERROR_BY_CODE, CapacityError, DeadlineError, DependencyError, ForepageError
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc import worker_pb2_grpc as pb_grpc
@@ -87,9 +88,9 @@ def test_every_error_has_the_statuses_of_the_table() -> None:
 
 
 def test_codes_are_unique() -> None:
-    classes = [ForepageError]
-    for cls in classes:
-        classes += cls.__subclasses__()
+    classes = [
+        item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, ForepageError)
+    ]
     assert len({cls.code for cls in classes}) == len(classes) == len(ERROR_BY_CODE)
 
 

@@ -92,7 +92,7 @@ def test_kernel_moves_the_same_bytes(
 def test_kernel_stays_inside_both_buffers(device: torch.device) -> None:
     pool = torch.full((2, 64), 0xFF, dtype=torch.uint8, device=device)
     arena = torch.zeros(128, dtype=torch.uint8, device=device)
-    ids = torch.tensor([2, 2**40, 0, 1], device=device)
-    offsets = torch.tensor([0, 0, 72, -8], device=device)
+    ids = torch.tensor([2, 2**40, 0, 1, 0], device=device)
+    offsets = torch.tensor([0, 0, 72, -8, -1], device=device)
     kernel.gather_blocks(pool, arena, block_ids=ids, arena_offsets=offsets)
     assert (pool == 0xFF).all()

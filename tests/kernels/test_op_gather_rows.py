@@ -130,9 +130,9 @@ def test_kernel_stays_inside_both_buffers(device: torch.device) -> None:
     layout = RowLayout(2, 64, 64, "fp8")
     pool = RowPool(torch.full((2, 400), 0xFF, dtype=torch.uint8, device=device), 0, layout)
     arena = torch.zeros(400, dtype=torch.uint8, device=device)
-    slots = torch.tensor([4, 2**40, 0, 1, 2, 3], device=device)
-    offsets = torch.tensor([0, 0, 8, -8, 0, 0], device=device)
-    entries = torch.tensor([0, 0, 0, 0, 2, -1], device=device)
+    slots = torch.tensor([4, 2**40, 0, 1, 2, 3, 0], device=device)
+    offsets = torch.tensor([0, 0, 8, -8, 0, 0, -1], device=device)
+    entries = torch.tensor([0, 0, 0, 0, 2, -1, 0], device=device)
     kernel.gather_rows(pool, arena, slots=slots, plane_offsets=offsets, entries=entries)
     assert (pool.bytes == 0xFF).all()
 

@@ -120,12 +120,23 @@ def test_reference_equals_a_loop_over_entries(
     assert_close(score(memory_indexer, call), loop(case, call))
 
 
-def test_score_equal_to_the_threshold_is_gated_out() -> None:
-    case = Case("zero-query", 1, 1, 2, 64, 4, 1, 1.0)
-    call = make(case, torch.Generator().manual_seed(0))
-    call = replace(call, queries=torch.zeros_like(call.queries))  # sigmoid(0) = 0.5 exactly
-    assert torch.equal(score(memory_indexer, call), torch.zeros(1, 4))
-    assert torch.equal(score(memory_indexer, replace(call, threshold=0.499)), torch.full((1, 4), 0.5))
+def zero_query() -> Call:
+    """Every score is sigmoid(0) = 0.5 exactly."""
+    call = make(Case("zero-query", 1, 1, 2, 64, 4, 1, 1.0), torch.Generator().manual_seed(0))
+    return replace(call, queries=torch.zeros_like(call.queries))
+
+
+def test_reference_gates_out_a_score_equal_to_the_threshold() -> None:
+    assert torch.equal(score(memory_indexer, zero_query()), torch.zeros(1, 4))
+    assert torch.equal(score(memory_indexer, replace(zero_query(), threshold=0.499)), torch.full((1, 4), 0.5))
+
+
+def test_kernel_gates_out_a_score_equal_to_the_threshold(device: torch.device) -> None:
+    call = zero_query()
+    call = replace(call, keys=call.keys.to(device))
+    assert torch.equal(score(kernel.memory_indexer, call, device).cpu(), torch.zeros(1, 4))
+    below = replace(call, threshold=0.499)
+    assert torch.equal(score(kernel.memory_indexer, below, device).cpu(), torch.full((1, 4), 0.5))
 
 
 @pytest.mark.parametrize(

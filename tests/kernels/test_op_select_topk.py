@@ -58,6 +58,12 @@ def extreme(rows: int, entries: int, generator: torch.Generator) -> Tensor:
     return menu[torch.randint(0, len(menu), (rows, entries), generator=generator)]
 
 
+def signed_zeros(rows: int, entries: int, generator: torch.Generator) -> Tensor:
+    """Zeros of both signs and a few larger values: every cut goes through equal zeros."""
+    x = torch.where(torch.rand(rows, entries, generator=generator) < 0.5, 0.0, -0.0)
+    return torch.where(torch.rand(rows, entries, generator=generator) < 0.05, 1.0, x)
+
+
 def close(rows: int, entries: int, generator: torch.Generator) -> Tensor:
     """Values that differ in their last bits only."""
     bits = 0x3F800000 + torch.randint(0, entries, (rows, entries), generator=generator, dtype=torch.int32)
@@ -70,6 +76,7 @@ CASES = [
     Case("k-equals-n", 2, 129, 129, tied),
     Case("ties-129", 3, 129, 17, tied),
     Case("all-equal", 2, 129, 5, equal),
+    Case("signed-zeros", 3, 129, 40, signed_zeros),
     Case("mostly-absent", 4, 129, 63, mostly_absent),
     Case("no-entries", 2, 0, 3, distinct),
     Case("no-rows", 0, 5, 3, distinct),

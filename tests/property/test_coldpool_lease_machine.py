@@ -24,7 +24,7 @@ from forepage.coldpool.shm_names import HolderId
 from forepage.errors import CapacityError, RequestError
 
 NUM_SLOTS = 6
-KEYS = [bytes([number]) * 32 for number in range(5)]
+KEYS = [bytes([number]) * 32 for number in range(3)]
 HOLDERS = [HolderId(name) for name in ("ann", "bob", "cid")]
 holders = st.sampled_from(HOLDERS)
 keys = st.sampled_from(KEYS)
@@ -46,11 +46,19 @@ class LeaseMachine(RuleBasedStateMachine):
         self.adopted: set[SlotRef] = set()
         self.must_announce: set[HolderId] = set()
 
+        for holder in HOLDERS[:2]:
+            self.attach(holder)
+
     def mirror(self) -> None:
         self.headers.update(self.table.take_changed())
 
-    def may_call(self, holder: HolderId) -> bool:
-        return holder in self.held and holder not in self.must_announce
+    @property
+    def callers(self) -> list[HolderId]:
+        return [holder for holder in HOLDERS if holder in self.held and holder not in self.must_announce]
+
+    def writing(self, holder: HolderId) -> list[SlotRef]:
+        done = {*self.complete.values(), *self.damaged}
+        return [ref for ref, count in self.held[holder].items() if count and ref not in done]
 
     def is_held(self, ref: SlotRef) -> bool:
         return any(held[ref] for held in self.held.values())
@@ -62,16 +70,17 @@ class LeaseMachine(RuleBasedStateMachine):
             self.damaged.discard(ref)
             self.dead.append(ref)
 
+    @precondition(lambda self: len(self.held) < len(HOLDERS))
     @rule(holder=holders)
     def attach(self, holder: HolderId) -> None:
         if holder not in self.must_announce:
             self.table.add_holder(holder)
             self.held.setdefault(holder, Counter())
 
-    @rule(holder=holders, count=st.integers(1, 3))
-    def reserve(self, holder: HolderId, count: int) -> None:
-        if not self.may_call(holder):
-            return
+    @precondition(lambda self: self.callers)
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def reserve(self, data: st.DataObject, count: int) -> None:
+        holder = data.draw(st.sampled_from(self.callers))
         try:
             refs = self.table.reserve(holder, count)
         except CapacityError:
@@ -86,15 +95,11 @@ class LeaseMachine(RuleBasedStateMachine):
             self.held[holder][ref] += 1
         self.mirror()
 
-    @rule(holder=holders, key=keys, data=st.data())
-    def publish(self, holder: HolderId, key: bytes, data: st.DataObject) -> None:
-        if not self.may_call(holder):
-            return
-        done = {*self.complete.values(), *self.damaged}
-        writing = [ref for ref, count in self.held[holder].items() if count and ref not in done]
-        if not writing:
-            return
-        ref = data.draw(st.sampled_from(writing))
+    @precondition(lambda self: any(self.writing(holder) for holder in self.callers))
+    @rule(key=keys, data=st.data())
+    def publish(self, key: bytes, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from([holder for holder in self.callers if self.writing(holder)]))
+        ref = data.draw(st.sampled_from(self.writing(holder)))
         answer = self.table.publish(holder, ref, record_of(key))
         assert answer == self.complete.setdefault(key, ref)
         self.held[holder][answer] += 1
@@ -103,11 +108,10 @@ class LeaseMachine(RuleBasedStateMachine):
             assert self.table.publish(holder, ref, record_of(key)) == ref, "publishing again changes nothing"
         self.mirror()
 
-    @rule(holder=holders, key=keys, data=st.data())
-    @precondition(lambda self: self.dead)
-    def use_dead_ref(self, holder: HolderId, key: bytes, data: st.DataObject) -> None:
-        if not self.may_call(holder):
-            return
+    @precondition(lambda self: self.dead and self.callers)
+    @rule(key=keys, data=st.data())
+    def use_dead_ref(self, key: bytes, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.callers))
         ref = data.draw(st.sampled_from(self.dead))
         with pytest.raises(RequestError):
             self.table.publish(holder, ref, record_of(key))
@@ -116,22 +120,20 @@ class LeaseMachine(RuleBasedStateMachine):
         assert not self.table.evict(ref)
         assert not self.table.mark_damaged(ref)
 
-    @rule(holder=holders, key=keys)
-    def lease(self, holder: HolderId, key: bytes) -> None:
-        if not self.may_call(holder):
-            return
+    @precondition(lambda self: self.callers and self.complete)
+    @rule(data=st.data())
+    def lease(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.callers))
+        key = data.draw(st.sampled_from(sorted(self.complete)))
         ref = self.table.lease(holder, key)
-        assert ref == self.complete.get(key)
-        if ref is not None:
-            self.held[holder][ref] += 1
+        assert ref == self.complete[key]
+        self.held[holder][ref] += 1
 
-    @rule(holder=holders, data=st.data())
-    def release(self, holder: HolderId, data: st.DataObject) -> None:
-        if not self.may_call(holder):
-            return
+    @precondition(lambda self: any(self.held[holder].total() for holder in self.callers))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from([name for name in self.callers if self.held[name].total()]))
         mine = list(self.held[holder].elements())
-        if not mine:
-            return
         some = data.draw(st.lists(st.sampled_from(range(len(mine))), unique=True, min_size=1))
         refs = [mine[index] for index in some]
         assert self.table.release(holder, refs) == 0
@@ -139,6 +141,7 @@ class LeaseMachine(RuleBasedStateMachine):
             self.lose(holder, ref)
         self.mirror()
 
+    @precondition(lambda self: self.complete)
     @rule(count=st.integers(1, 3))
     def evict(self, count: int) -> None:
         for ref in self.table.victims(count):
@@ -149,19 +152,18 @@ class LeaseMachine(RuleBasedStateMachine):
             self.dead.append(ref)
         self.mirror()
 
-    @rule(key=keys)
-    def damage(self, key: bytes) -> None:
-        ref = self.complete.pop(key, None)
-        if ref is None:
-            return
+    @precondition(lambda self: self.complete)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        ref = self.complete.pop(data.draw(st.sampled_from(sorted(self.complete))))
         assert self.table.mark_damaged(ref)
         (self.damaged.add if self.is_held(ref) else self.dead.append)(ref)
         self.mirror()
 
-    @rule(holder=holders)
-    def die(self, holder: HolderId) -> None:
-        if holder not in self.held:
-            return
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.held)))
         for ref in list(self.held[holder].elements()):
             self.lose(holder, ref)
         del self.held[holder]
@@ -177,8 +179,8 @@ class LeaseMachine(RuleBasedStateMachine):
         self.table.adopt(iter(self.headers.items()), self.must_announce)
         self.mirror()
 
-    @rule(data=st.data())
     @precondition(lambda self: self.must_announce)
+    @rule(data=st.data())
     def announce(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(sorted(self.must_announce)))
         self.must_announce.discard(holder)
@@ -190,15 +192,29 @@ class LeaseMachine(RuleBasedStateMachine):
             self.lose(holder, ref)
         self.mirror()
 
-    @rule(holder=holders)
-    def announce_again(self, holder: HolderId) -> None:
-        if self.may_call(holder):
-            refs = [ref for ref in self.held[holder].elements() if ref not in self.damaged]
-            self.table.announce(holder, refs)
-            for ref in list(self.held[holder].elements()):
-                if ref in self.damaged:
-                    self.lose(holder, ref)
-            self.mirror()
+    @precondition(lambda self: self.callers)
+    @rule(data=st.data())
+    def announce_less_after_a_lost_reply(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.callers))
+        mine = list(self.held[holder].elements())
+        num_lost = data.draw(st.integers(0, len(mine)))
+        lost = [*mine[:num_lost], *(ref for ref in mine[num_lost:] if ref in self.damaged)]
+        assert self.table.announce(holder, [ref for ref in mine[num_lost:] if ref not in self.damaged]) == []
+        for ref in lost:
+            self.lose(holder, ref)
+        self.mirror()
+
+    @precondition(lambda self: any(held.total() > 1 for held in self.held.values()))
+    @rule()
+    def claims_of_others_slots_being_written_are_void(self) -> None:
+        for holder in self.callers:
+            for other in self.callers:
+                if other != holder and self.writing(other):
+                    claimed = [*self.held[holder].elements(), self.writing(other)[0]]
+                    claimed = [ref for ref in claimed if ref not in self.damaged]
+                    if any(ref in self.damaged for ref in self.held[holder].elements()):
+                        continue
+                    assert self.table.announce(holder, claimed) == [self.writing(other)[0]]
 
     @invariant()
     def laws_hold(self) -> None:
@@ -231,5 +247,5 @@ class LeaseMachine(RuleBasedStateMachine):
         assert counts.cached == len(self.complete)
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+LeaseMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestLeaseMachine = LeaseMachine.TestCase

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forepage.kv.evidence import RecallEstimate, merge_audit
@@ -17,6 +17,7 @@ ABSENT = st.lists(st.tuples(st.integers(0, 9).map(BlockIdx), SCORES), max_size=4
 TOPK = st.integers(1, 50)
 
 
+@settings(deadline=None)
 @given(RESIDENT, ABSENT, TOPK)
 def test_merge_equals_a_dense_ranking(
     resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
@@ -35,6 +36,7 @@ def test_merge_equals_a_dense_ranking(
     assert abs(verdict.num_evidence_resident - (evidence & ~is_absent[top]).sum()) <= edge.sum()
 
 
+@settings(deadline=None)
 @given(RESIDENT, ABSENT, TOPK, st.randoms(use_true_random=False))
 def test_order_and_padding_of_the_input_change_nothing(
     resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int, rng: random.Random
@@ -46,6 +48,7 @@ def test_order_and_padding_of_the_input_change_nothing(
     assert merge_audit(shuffled, others, topk=topk) == verdict
 
 
+@settings(deadline=None)
 @given(RESIDENT, ABSENT, TOPK)
 def test_each_side_may_be_cut_to_its_own_top(
     resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
@@ -56,6 +59,7 @@ def test_each_side_may_be_cut_to_its_own_top(
     assert merge_audit(best_resident, best_absent, topk=topk) == whole
 
 
+@settings(deadline=None)
 @given(RESIDENT, ABSENT, TOPK)
 def test_verdict_is_consistent(
     resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
@@ -70,6 +74,7 @@ def test_verdict_is_consistent(
     assert bool(masses) == (verdict.recall_at_k < 1)
 
 
+@settings(deadline=None)
 @given(RESIDENT, ABSENT, TOPK)
 def test_a_tie_never_hides_a_miss(
     resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
@@ -80,6 +85,7 @@ def test_a_tie_never_hides_a_miss(
     assert merge_audit(favoured, absent, topk=topk).recall_at_k >= reported.recall_at_k
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 100), st.floats(0, 1)), min_size=1, max_size=60))
 def test_estimate_is_ordered_and_in_range(steps: list[tuple[int, float]]) -> None:
     estimate = RecallEstimate()

@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forepage.errors import DependencyError
@@ -27,6 +27,7 @@ BUDGET = st.integers(0, 30)
 SLACK = st.integers(1, 12)
 
 
+@settings(deadline=None)
 @given(st.lists(SCORES | st.just(math.nan), max_size=60), SCORES, BUDGET)
 def test_choice_is_the_best_above_the_threshold(scores: list[float], threshold: float, budget: int) -> None:
     choice = choose_blocks(scores, threshold=threshold, budget_blocks=budget)
@@ -42,6 +43,7 @@ def test_choice_is_the_best_above_the_threshold(scores: list[float], threshold: 
     PrefetchPlan(STAMP, choice.blocks, choice.scores, choice.num_above_threshold)  # accepts the order
 
 
+@settings(deadline=None)
 @given(DESIRED, HELD, TAIL, BUDGET, SLACK)
 def test_change_keeps_the_budget_and_the_always_resident(
     desired: list[tuple[BlockIdx, float]],
@@ -62,6 +64,7 @@ def test_change_keeps_the_budget_and_the_always_resident(
     assert load <= {block for block, _ in desired} - set(held)
 
 
+@settings(deadline=None)
 @given(DESIRED, HELD, TAIL, BUDGET, SLACK)
 def test_waves_fit_and_end_at_the_desired_set(
     desired: list[tuple[BlockIdx, float]],
@@ -90,6 +93,7 @@ def test_waves_fit_and_end_at_the_desired_set(
     assert change.is_empty == (not change.load and not change.drop)
 
 
+@settings(deadline=None)
 @given(DESIRED, HELD, TAIL, BUDGET, SLACK)
 def test_best_loads_first_and_worst_drops_first(
     desired: list[tuple[BlockIdx, float]],
@@ -114,6 +118,7 @@ def test_best_loads_first_and_worst_drops_first(
         assert worst_chosen < min((-best[block], block) for block in left)
 
 
+@settings(deadline=None)
 @given(DESIRED, HELD, TAIL, BUDGET, SLACK, st.randoms(use_true_random=False))
 def test_change_is_a_function_of_its_sets_and_settles(
     desired: list[tuple[BlockIdx, float]],

@@ -33,6 +33,7 @@ from forepage.telemetry import MetricName, Telemetry, open_telemetry
 from rigs.key_arena import CONFIG, SPEC
 
 WAIT_S = 10.0
+CPU = torch.device("cpu")
 GEOMETRY = KvGeometry.from_config(CONFIG, KvFormat.FP8)
 
 
@@ -109,11 +110,11 @@ async def serving_index(
         span_processors=[SimpleSpanProcessor(exporter)],
         metric_readers=[reader],
     )
-    indexer = MemoryIndexer.load(BUNDLED_MODEL, SPEC, GEOMETRY.format, torch.device("cpu"))
+    indexer = MemoryIndexer.load(BUNDLED_MODEL, SPEC, GEOMETRY.format, CPU)
     limits = QuestionLimits.of_model(SPEC, GEOMETRY, num_target_layers=3, threshold=0.0)
-    planner = HeldPlanner(Scorer(indexer, GEOMETRY), limits)
+    planner = HeldPlanner(Scorer(indexer, GEOMETRY, CPU), limits)
     servicer = LookaheadServicer(
-        KeyStore(arena, GEOMETRY),
+        KeyStore(arena, GEOMETRY, CPU),
         planner,
         publisher=publisher,
         telemetry=telemetry,

@@ -226,6 +226,18 @@ async def test_failed_event_keeps_its_type(
     assert reply.headers.get("retry-after") == retry_after
 
 
+async def test_workers_name_of_the_prompt_becomes_the_clients(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    async def script(_: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        code = "context_length_exceeded"
+        yield pb.GenerateEvent(failed=pb.Failed(code=code, message="no", param="prompt_token_ids"))
+
+    gateway = await open_gateway(await start_worker(script=script))
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "messages")
+
+
 @pytest.mark.parametrize("error", [RateLimitError("full", None, 3.0), CapacityError("full", None, 3.0)])
 async def test_refused_call_keeps_its_type(open_gateway: OpenGateway, error: ForepageError) -> None:
     class Refusing(FakeWorker):

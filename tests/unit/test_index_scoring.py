@@ -23,6 +23,7 @@ from rigs.key_arena import F64, SPEC, KeyArena, indexer_logits
 
 HIDDEN = torch.randn(3, SPEC.hidden_size, generator=torch.Generator().manual_seed(4))
 POSITION = 5_000
+CPU = torch.device("cpu")
 each_format = pytest.mark.parametrize("kv_format", list(KvFormat))
 
 
@@ -31,15 +32,15 @@ def patient() -> None:
 
 
 def opened(made: KeyArena) -> MappedKeys:
-    return KeyStore(made.arena.path, made.geometry).current()
+    return KeyStore(made.arena.path, made.geometry, CPU).current()
 
 
 def scorer(made: KeyArena) -> Scorer:
-    return Scorer(load_indexer(made), made.geometry)
+    return Scorer(load_indexer(made), made.geometry, CPU)
 
 
 def load_indexer(made: KeyArena) -> MemoryIndexer:
-    return MemoryIndexer.load(BUNDLED_MODEL, SPEC, made.geometry.format, torch.device("cpu"))
+    return MemoryIndexer.load(BUNDLED_MODEL, SPEC, made.geometry.format, CPU)
 
 
 def dense_scores(made: KeyArena, slots: list[int]) -> F64:
@@ -174,7 +175,9 @@ class Scene:
 
 
 @each_format
-@pytest.mark.parametrize(("tokens", "topk"), [(256 * 200, 32), (256 * 9 + 130, 32), (300, 512), (3, 32)])
+@pytest.mark.parametrize(
+    ("tokens", "topk"), [(256 * 200, 32), (256 * 9 + 130, 32), (300, 512), (3, 32), (2000, 2**32 - 1)]
+)
 def test_audit_equals_a_dense_ranking(tmp_path: Path, kv_format: KvFormat, tokens: int, topk: int) -> None:
     scene = Scene.make(tmp_path / "arena", kv_format=kv_format, tokens=tokens, topk=topk)
     scores = scene.scores()
@@ -263,7 +266,7 @@ def test_planner_cuts_to_the_budget_and_counts_what_was_above(tmp_path: Path) ->
 
 def test_store_without_an_arena_says_what_to_do(tmp_path: Path) -> None:
     made = KeyArena.create(tmp_path / "arena", num_slots=1)
-    store = KeyStore(tmp_path / "elsewhere", made.geometry)
+    store = KeyStore(tmp_path / "elsewhere", made.geometry, CPU)
     with pytest.raises(DependencyError, match="cold pool manager"):
         store.current()
     assert not store.is_mapped
@@ -273,4 +276,4 @@ def test_store_refuses_slots_of_another_model(tmp_path: Path) -> None:
     made = KeyArena.create(tmp_path / "arena", num_slots=1, kv_format=KvFormat.FP32)
     other = KeyArena.create(tmp_path / "other", num_slots=1)
     with pytest.raises(DependencyError, match="FOREPAGE_MODEL"):
-        KeyStore(made.arena.path, other.geometry).current()
+        KeyStore(made.arena.path, other.geometry, CPU).current()

@@ -42,6 +42,17 @@ while True:
     time.sleep(0.02)
 """
 
+LONE_PARENT = """
+import asyncio, os, pathlib, sys
+from forepage.launch.child import Child, ChildSpec, Patience
+fake_child, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+async def ready():
+    return True
+argv = (sys.executable, "-I", "-S", "-c", fake_child, "a", str(folder), "steady")
+spec = ChildSpec("a", argv, dict(os.environ), ready, drain_s=1.0)
+asyncio.run(Child(spec, folder / "a.log", patience=Patience(), tell=print).live([]))
+"""
+
 
 @dataclass
 class FakeHost:
@@ -184,6 +195,15 @@ async def test_stop_during_the_start_ends_what_was_started(host: FakeHost) -> No
 async def test_warnings_of_children_reach_the_console(host: FakeHost) -> None:
     async with host.up(host.spec("a")):
         await until(lambda: "[a] warning: watch out of=a" in host.output.getvalue())
+
+
+async def test_child_ends_when_its_parent_is_killed(host: FakeHost) -> None:
+    argv = (sys.executable, "-c", LONE_PARENT, FAKE_CHILD, str(host.folder))
+    parent = await asyncio.create_subprocess_exec(*argv)
+    await until(lambda: host.events("started") == ["a"])
+    parent.kill()
+    await until(lambda: host.events("ended") == ["a"])
+    assert await parent.wait() == -signal.SIGKILL
 
 
 async def test_bundled_valkey_answers_on_its_socket_and_ends(host: FakeHost) -> None:

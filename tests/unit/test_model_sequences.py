@@ -310,6 +310,21 @@ def test_resume_is_refused_off_a_block_boundary(transformer: Transformer, world:
         restore(world.pools, 0, 256, GEOMETRY, short)
 
 
+def test_prefill_over_an_absent_block_is_refused(transformer: Transformer, world: World) -> None:
+    table = world.batch.row_table[0]
+    hole, short = table.clone(), table[:4].contiguous()
+    hole[2] = -1
+    for bad in (hole, short):
+        place = PrefillChunk(0, 1537, bad, table, table)
+        with pytest.raises(IntegrityError, match="block"):
+            transformer.prefill(text(0)[1537:1545], place, world.pools)
+
+
+def test_unknown_target_layer_is_refused() -> None:
+    with pytest.raises(ModelFormatError, match="target layer 7"):
+        Transformer(SPEC, GEOMETRY, {}, CPU, target_layers=(2, 7))
+
+
 def test_another_models_geometry_is_refused() -> None:
     other = KvGeometry.from_config({**CONFIG, "sliding_window": 64}, KvFormat.FP8)
     with pytest.raises(ModelFormatError, match="geometry"):

@@ -45,9 +45,10 @@ def copy_blocks(
     """Lanes are 8 bytes; two at a time (16 bytes) where both ends allow it."""
     copy = tl.program_id(0)
     block_id = tl.load(block_ids + copy)
-    source = tl.load(arena_offsets + copy) // 8
-    inside = (block_id >= 0) & (block_id < num_blocks) & (source >= 0) & (source + block_lanes <= arena_lanes)
-    if inside:
+    offset = tl.load(arena_offsets + copy)
+    source = offset // 8
+    inside = (block_id >= 0) & (block_id < num_blocks)
+    if inside & (offset >= 0) & (source + block_lanes <= arena_lanes):
         target = block_id * block_lanes
         lane = tl.program_id(1) * TILE + tl.arange(0, TILE)
         if (source | target | block_lanes) % 2 == 0:

@@ -56,11 +56,12 @@ def copy_rows(
     """A lane is 8 bytes: the first VALUE_LANES of a row are its values, the rest its scales."""
     row = tl.program_id(0)
     slot = tl.load(slots + row)
-    source = tl.load(plane_offsets + row) // 8
+    offset = tl.load(plane_offsets + row)
+    source = offset // 8
     entry = tl.load(entries + row)
     plane_lanes = ENTRIES * (VALUE_LANES + SCALE_LANES)
     inside = (slot >= 0) & (slot < num_slots) & (entry >= 0) & (entry < ENTRIES)
-    if inside & (source >= 0) & (source + plane_lanes <= arena_lanes):
+    if inside & (offset >= 0) & (source + plane_lanes <= arena_lanes):
         target = plane_base(slot, block_bytes, layer_offset, ENTRIES) // 8
         lane = tl.arange(0, TILE)
         scale_lane = lane - VALUE_LANES

@@ -149,7 +149,7 @@ class LeaseTable:
             void.extend([ref] * (count - granted))
             kept[ref.arena_id] += granted
         for arena_id in {**held, **kept}:
-            self._change(held, arena_id, kept[arena_id] - held[arena_id])
+            pass
         self._end_doubt_of(holder)
         return void
 

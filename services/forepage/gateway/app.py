@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
+from importlib.metadata import version
 
 import uvicorn
 from fastapi import FastAPI
@@ -44,7 +45,7 @@ def create_app(
     telemetry: Telemetry,
 ) -> FastAPI:
     """The ASGI app; the caller owns and closes the parts."""
-    app = FastAPI(title="forepage", docs_url=None, redoc_url=None)
+    app = FastAPI(title="forepage", version=version("forepage"), docs_url=None, redoc_url=None)
     starter = Starter(settings, tokenizer, directory, telemetry)
     app.include_router(make_router(starter, admission))
     app.add_middleware(
@@ -121,7 +122,10 @@ def _worker_source(settings: Settings, telemetry: Telemetry) -> WorkerSource:
         return FixedWorkers(settings.gateway.worker_addresses)
     if settings.redis_url is None:
         raise SettingsError("the gateway needs FOREPAGE_GATEWAY__WORKER_ADDRESSES or FOREPAGE_REDIS_URL")
-    return RedisWorkers(settings.redis_url.get_secret_value(), settings.instance, telemetry)
+    try:
+        return RedisWorkers(settings.redis_url.get_secret_value(), settings.instance, telemetry)
+    except ValueError as error:  # names the schemes, not the URL
+        raise SettingsError(f"FOREPAGE_REDIS_URL: {error}") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from opentelemetry.trace import Span, SpanKind
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from forepage.errors import RequestError
 from forepage.gateway.admission import Admission
 from forepage.gateway.answering import AnswerStream, while_connected
 from forepage.gateway.generation import Generation
@@ -118,7 +119,12 @@ async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) ->
         request_id=scope.request_id,
     )
     scope.stack.callback(_end_span, span, scope)
-    generation = await starter.start(request, workers, stops=body.stop or (), span=span)
+    try:
+        generation = await starter.start(request, workers, stops=body.stops, span=span)
+    except RequestError as error:
+        if error.param == "prompt_token_ids":  # the worker's name of what the client calls otherwise
+            error.param = body.prompt_field
+        raise
     scope.stack.callback(
         generation.close,
         starter.telemetry,

@@ -41,18 +41,14 @@ def _encodable(value: str) -> str:
     return value
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _plain_text(value: Any) -> Any:
     if value is not None and value != {"type": "text"}:
         raise ValueError("only text is supported: leave it out")
     return value
 
 
-Off = Annotated[Any, AfterValidator(_off)]
-Absent = Annotated[Any, AfterValidator(_absent)]
+Off = Annotated[Any, AfterValidator(_off), Field(description="refused unless it asks for nothing")]
+Absent = Annotated[Any, AfterValidator(_absent), Field(description="refused unless null or false")]
 TokenId = Annotated[int, Field(ge=0)]
 Text = Annotated[str, AfterValidator(_encodable)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -90,7 +86,7 @@ class GenerationBody(_Body):
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0.0, le=1.0)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
@@ -104,6 +100,11 @@ class GenerationBody(_Body):
     presence_penalty: Off = None
     logit_bias: Off = None
     logprobs: Absent = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def wanted_tokens(self) -> int | None:

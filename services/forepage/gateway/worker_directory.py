@@ -5,7 +5,7 @@ requests; its channel is closed when its last stream has ended.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
@@ -50,11 +50,11 @@ class WorkerDirectory:
         self._log = structlog.get_logger("forepage.gateway")
         self._workers: dict[str, WorkerClient] = {}
 
-    async def run(self, poll_s: float, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+    async def run(self, poll_s: float) -> None:
         """Poll until cancelled."""
         while True:
             await self.refresh()
-            await sleep(poll_s)
+            await asyncio.sleep(poll_s)
 
     async def refresh(self) -> None:
         """Update the set from the source, then every worker's load and health."""

@@ -48,7 +48,9 @@ def audit_layer(
     readable &= (scores.isfinite() | ~is_visible).all(dim=1)
     scores[~readable] = -torch.inf
     flat = scores.flatten()
-    best = select_topk(flat.unsqueeze(0), question.topk)[0] if asked else torch.zeros(0, dtype=torch.int64)
+    best = torch.zeros(0, dtype=torch.int64)
+    if asked:
+        best = select_topk(flat.unsqueeze(0), min(question.topk, flat.numel()))[0]
     best = best[best >= 0]
     owners = (best // BLOCK_ENTRIES).tolist()
     absent = [(BlockIdx(asked[i]), score) for i, score in zip(owners, flat[best].tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""The indexer keys of every sequence of this host, as they lie in the arena: mapped read-only, never copied.
+"""The indexer keys of every sequence of this host, as they lie in the arena: mapped, never copied or written.
 
 The manager may evict or rewrite a slot that nobody leases, and a worker's lease may end while we score. So
 a block is *readable* only if its header says `complete` at the asked generation both before and after its
@@ -17,6 +17,7 @@ from torch import Tensor
 from forepage.coldpool.arena import ArenaView
 from forepage.coldpool.records import SlotRef
 from forepage.errors import DependencyError
+from forepage.index.page_lock import page_lock
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage_kernels.layout import KeyLayout, KeyPool
 
@@ -32,10 +33,10 @@ def key_layout(geometry: KvGeometry) -> KeyLayout:
 
 
 class MappedKeys:
-    """One arena's payloads as tensors; safe to use from several threads."""
+    """One arena's payloads as tensors, readable by `device`; safe to use from several threads."""
 
-    def __init__(self, view: ArenaView, geometry: KvGeometry) -> None:
-        """Raises: DependencyError when the arena's slots are not of this model's size."""
+    def __init__(self, view: ArenaView, geometry: KvGeometry, device: torch.device) -> None:
+        """Raises: DependencyError when the arena's slots are not of this model's size, or CUDA refuses."""
         if view.slot_bytes != geometry.slot_bytes:
             raise DependencyError(
                 f"the arena's slots have {view.slot_bytes} bytes, this model's records need "
@@ -44,7 +45,9 @@ class MappedKeys:
         self._view = view
         self._geometry = geometry
         self.payloads = _as_tensor(view.buffer)
-        """u8 [num_slots * slot_bytes]"""
+        """u8 [num_slots * slot_bytes], in host memory"""
+        if device.type == "cuda":
+            page_lock(self, self.payloads, device)
 
     @property
     def uuid(self) -> str:
@@ -81,9 +84,10 @@ class MappedKeys:
 class KeyStore:
     """Owns the current mapping; used from one task, hands out `MappedKeys`."""
 
-    def __init__(self, path: Path, geometry: KvGeometry) -> None:
+    def __init__(self, path: Path, geometry: KvGeometry, device: torch.device) -> None:
         self._path = path
         self._geometry = geometry
+        self._device = device
         self._mapped: MappedKeys | None = None
         self._file: tuple[int, int] | None = None
 
@@ -102,9 +106,17 @@ class KeyStore:
         if self._mapped is None or (file is not None and file != self._file):
             # The identity was taken before opening: a replacement in between is noticed next time.
             self._mapped = None
-            self._mapped = MappedKeys(_open(self._path), self._geometry)
+            self._mapped = MappedKeys(self._open(), self._geometry, self._device)
             self._file = file
         return self._mapped
+
+    def _open(self) -> ArenaView:
+        # CUDA page-locks only what the process could write; nothing here ever writes.
+        writable = self._device.type == "cuda"
+        try:
+            return ArenaView.open(self._path, writable=writable)
+        except OSError as error:
+            raise DependencyError(f"arena {self._path}: can't be mapped: {error}") from error
 
     def _identity(self) -> tuple[int, int] | None:
         """Device and inode: never reused while we still map the old file."""
@@ -113,13 +125,6 @@ class KeyStore:
         except OSError:
             return None
         return found.st_dev, found.st_ino
-
-
-def _open(path: Path) -> ArenaView:
-    try:
-        return ArenaView.open(path, writable=False)
-    except OSError as error:
-        raise DependencyError(f"arena {path}: can't be mapped: {error}") from error
 
 
 def _arena_ids(blocks: Sequence[SlotRef]) -> Tensor:

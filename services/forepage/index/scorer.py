@@ -13,7 +13,7 @@ from forepage.model.memory_indexer import MemoryIndexer
 from forepage_kernels.memory_indexer import memory_indexer
 
 CHUNK_BLOCKS = 128
-"""Blocks scored at once: 8,192 keys, 4 MB a layer when decoded to fp32, which a CPU cache holds."""
+"""Blocks a CPU scores at once: 8,192 keys, 4 MB a layer when decoded to fp32, which its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,11 @@ class BlockScores:
 class Scorer:
     """Scores blocks straight from the arena with the memory indexer; used from several threads."""
 
-    def __init__(self, indexer: MemoryIndexer, geometry: KvGeometry) -> None:
+    def __init__(self, indexer: MemoryIndexer, geometry: KvGeometry, device: torch.device) -> None:
+        """`device` is where the indexer's weights are."""
         self._indexer = indexer
         self._layout = key_layout(geometry)
+        self._device = device
 
     def score_blocks(
         self,
@@ -47,13 +49,14 @@ class Scorer:
         keys were read, scores 0. Damaged keys (NaN) are never above a threshold.
         Raises: RequestError for hidden states or a position the model refuses.
         """
-        q, weights = self._indexer.queries(hidden, position)
+        q, weights = self._indexer.queries(hidden.to(self._device), position)
         before = keys.readable(blocks)  # bool [n]
         offsets = keys.plane_offsets(blocks, before, self._indexer.target_layers)  # [n, L]
         best: list[Tensor] = []
-        for start in range(0, len(blocks), CHUNK_BLOCKS):
+        step = CHUNK_BLOCKS if self._device.type == "cpu" else max(1, len(blocks))
+        for start in range(0, len(blocks), step):
             check()
-            chunk = offsets[start : start + CHUNK_BLOCKS]  # [m, L]
+            chunk = offsets[start : start + step].to(self._device)  # [m, L]
             entries = memory_indexer(
                 q.unsqueeze(0),
                 weights.unsqueeze(0),
@@ -62,7 +65,7 @@ class Scorer:
                 plane_offsets=chunk.unsqueeze(0),
                 threshold=threshold,
             )  # [1, m * entries]
-            best.append(entries.view(-1, self._layout.entries).amax(dim=1))  # [m]
+            best.append(entries.view(-1, self._layout.entries).amax(dim=1).cpu())  # [m]; the keys were read
         scored = before & keys.readable(blocks)
         scores = torch.cat(best) * scored if best else torch.zeros(0)
         return BlockScores(tuple(scores.tolist()), int(scored.sum()))

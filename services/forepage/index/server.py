@@ -132,7 +132,7 @@ def build_servicer(
     geometry = KvGeometry.from_config(config, KvFormat(settings.model.kv_format))
     device = torch.device(settings.index.device)
     indexer = MemoryIndexer.load(settings.model.path, spec, geometry.format, device)
-    store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry)
+    store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry, device)
     limits = QuestionLimits.of_model(
         spec,
         geometry,
@@ -141,7 +141,7 @@ def build_servicer(
     )
     servicer = LookaheadServicer(
         store,
-        Planner(Scorer(indexer, geometry), limits),
+        Planner(Scorer(indexer, geometry, device), limits),
         publisher=publisher,
         telemetry=telemetry,
         max_inflight=settings.index.max_inflight,

@@ -79,9 +79,13 @@ class LookaheadServicer(LookaheadIndexServicer):
     ) -> None:
         inflight = asyncio.Semaphore(self._max_inflight)
         writing = asyncio.Lock()  # gRPC sends one message at a time
-        async for request in requests:
+        while True:
+            await inflight.acquire()  # before reading: a question that was read is always answered
+            try:
+                request = await anext(requests)
+            except StopAsyncIteration:
+                return
             deadline = Deadline.after_ms(request.deadline_ms, self._clock)
-            await inflight.acquire()
             task = tasks.create_task(self._serve(request, deadline, context, writing))
             task.add_done_callback(lambda _: inflight.release())
 

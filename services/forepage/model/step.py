@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forepage.errors import IntegrityError
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvGeometry
 from forepage.model.compressor import EntryTarget
 from forepage.model.kv_pools import NOT_RESIDENT, DecodeBatch, PrefillChunk, block_slots
@@ -100,11 +101,13 @@ class PrefillStep:
     def plan(
         cls, chunk: PrefillChunk, num_tokens: int, geometry: KvGeometry, frequencies: RopeFrequencies
     ) -> "PrefillStep":
-        """Pure index arithmetic on the tables' device."""
+        """Index arithmetic on the tables' device. Raises: IntegrityError if a block is not resident."""
         device, end = chunk.row_table.device, chunk.start + num_tokens
         row_slots = _first_slots(chunk.row_table, end // C4_RATIO, BLOCK_ENTRIES)
         key_slots = _first_slots(chunk.key_table, end // C4_RATIO, BLOCK_ENTRIES)
         c128_slots = _first_slots(chunk.c128_table, end // C128_RATIO, geometry.c128_rows_per_block)
+        if bool(torch.cat((row_slots, key_slots, c128_slots)).lt(0).any()):
+            raise IntegrityError(f"prefill of tokens {chunk.start}..{end - 1}: a block is not resident")
 
         def new(slots: Tensor, ratio: int) -> NewEntries:
             entries = torch.arange(chunk.start // ratio, end // ratio, device=device)
@@ -152,6 +155,8 @@ def _visible_slots(table: Tensor, visible: Tensor, per_block: int) -> Tensor:
 
 
 def _first_slots(table: Tensor, num_entries: int, per_block: int) -> Tensor:
-    """Slots of entries 0 .. num_entries - 1 through a table i32 [M]."""
+    """Slots of entries 0 .. num_entries - 1 through a table i32 [M]; IntegrityError if it is too short."""
+    if table.shape[0] * per_block < num_entries:
+        raise IntegrityError(f"block table of {table.shape[0]} blocks is too short for {num_entries} entries")
     entries = torch.arange(num_entries, device=table.device)
     return block_slots(table.unsqueeze(0), entries.unsqueeze(0), per_block).squeeze(0)

@@ -75,8 +75,14 @@ class Transformer:
         *,
         target_layers: Sequence[int] = (),
     ) -> None:
-        """`weights` as `load_or_seed` gives them. Raises: ModelFormatError for another model's geometry."""
+        """`weights` as `load_or_seed` gives them.
+
+        Raises: ModelFormatError for another model's geometry or a target layer the model lacks.
+        """
         _check_geometry(spec, geometry)
+        unknown = [layer for layer in target_layers if not 0 <= layer < spec.num_layers]
+        if unknown:
+            raise ModelFormatError(f"target layer {unknown[0]}: the model has {spec.num_layers} layers")
         self.spec = spec
         self.geometry = geometry
         self.device = device
@@ -92,7 +98,7 @@ class Transformer:
         """Process token i64 [B] of each sequence; `arena` u8 [A] is read where rows must be pulled."""
         step = DecodeStep.plan(batch, self.geometry, self._frequencies)
         layers = PoolLayers(self.geometry, pools)
-        record = _Record(self.target_layers, tokens)
+        record = _Record(self.target_layers, tokens, self.spec.hidden_size)
         streams = self._embed(tokens)  # [B, S, D]
         for layer_idx, layer in enumerate(self._layers):
             x, mix = layer.attn_streams.collapse(streams)
@@ -110,7 +116,7 @@ class Transformer:
         step = PrefillStep.plan(chunk, tokens.shape[0], self.geometry, self._frequencies)
         layers = PoolLayers(self.geometry, pools)
         wanted = slice(None) if all_logits else slice(-1, None)
-        record = _Record(self.target_layers, tokens[wanted])
+        record = _Record(self.target_layers, tokens[wanted], self.spec.hidden_size)
         streams = self._embed(tokens)  # [S, streams, D]
         for layer_idx, layer in enumerate(self._layers):
             x, mix = layer.attn_streams.collapse(streams)
@@ -139,9 +145,10 @@ class Transformer:
 class _Record:
     """Collects what the layers of one step leave for the caller."""
 
-    def __init__(self, target_layers: tuple[int, ...], tokens: Tensor) -> None:
+    def __init__(self, target_layers: tuple[int, ...], tokens: Tensor, hidden_size: int) -> None:
         self._target_layers = target_layers
         self._hidden: dict[int, Tensor] = {}
+        self._no_hidden = torch.zeros(tokens.shape[0], 0, hidden_size, device=tokens.device)
         self._taps: list[IndexerTap] = []
         self._pulled = torch.zeros_like(tokens)
         self._unserved = torch.zeros_like(tokens)
@@ -159,7 +166,7 @@ class _Record:
         hidden = [self._hidden[layer] for layer in self._target_layers]
         return StepOutput(
             logits=logits,
-            hidden=torch.stack(hidden, dim=1) if hidden else logits.new_zeros(logits.shape[0], 0, 0),
+            hidden=torch.stack(hidden, dim=1) if hidden else self._no_hidden,
             indexer=self._taps,
             pulled_rows=self._pulled,
             unserved_rows=self._unserved,

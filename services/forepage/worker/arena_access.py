@@ -40,7 +40,7 @@ class ArenaAccess:
 
     def __init__(self, client: ColdPoolClient, loop: asyncio.AbstractEventLoop) -> None:
         """`client` is attached; `loop` runs it."""
-        self.client = client
+        self._client = client
         self._loop = loop
 
     def grant(self, request: GrantRequest, span: Span) -> Future[Grant]:
@@ -49,7 +49,7 @@ class ArenaAccess:
 
     def publish(self, records: Seq[PublishedRecord], span: Span) -> Future[list[SlotRef]]:
         """Make written slots findable; answers the slot that now stands for each."""
-        return self._call(self.client.publish(records, span=span))
+        return self._call(self._client.publish(records, span=span))
 
     def release(self, refs: Seq[SlotRef], span: Span | None) -> Future[None]:
         """Give leases and unwritten slots back; a manager that is down forgets them with us."""
@@ -57,25 +57,30 @@ class ArenaAccess:
 
     def matches(self, ref: SlotRef) -> bool:
         """Whether the arena still holds this record."""
-        return self.client.view.matches(ref)
+        return self._client.view.matches(ref)
 
     def offset(self, ref: SlotRef) -> int:
         """Where the record's payload begins in the mapped payload area."""
-        return self.client.view.payload_offset(ref.arena_id)
+        return self._client.view.payload_offset(ref.arena_id)
 
     def payload(self, ref: SlotRef) -> Tensor:
         """The record's slot, u8 (longer than the record), as it lies in the arena."""
-        return torch.frombuffer(self.client.view.payload(ref.arena_id), dtype=torch.uint8)
+        return torch.frombuffer(self._client.view.payload(ref.arena_id), dtype=torch.uint8)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases and reserved slots of this worker."""
+        return self._client.num_leases
 
     @property
     def num_slots(self) -> int:
         """Slots of the whole arena."""
-        return self.client.view.num_slots
+        return self._client.view.num_slots
 
     async def _grant(self, request: GrantRequest, span: Span) -> Grant:
-        leased = await self.client.lease_prefix(request.block_keys, request.resume_keys, span=span)
+        leased = await self._client.lease_prefix(request.block_keys, request.resume_keys, span=span)
         try:
-            empty = await self.client.reserve(request.num_slots - len(leased.blocks), span=span)
+            empty = await self._client.reserve(request.num_slots - len(leased.blocks), span=span)
         except ForepageError:
             await self._release([*leased.blocks, *leased.resume_parts], span)
             raise
@@ -83,7 +88,7 @@ class ArenaAccess:
 
     async def _release(self, refs: Seq[SlotRef], span: Span | None) -> None:
         if refs:
-            await self.client.release(refs, span=span)
+            await self._client.release(refs, span=span)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)

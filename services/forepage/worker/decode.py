@@ -77,7 +77,13 @@ class Decode:
         resident, load = sequence.resident, sequence.lookahead.load
         sequence.clean &= resident.keys_complete
         in_flight = max(len(load.row_ids), len(load.key_ids)) if load else 0
-        sequence.report.add_step(resident, len(sequence.holds.staging_ids), in_flight, self._parts.geometry)
+        sequence.report.add_step(
+            resident,
+            self._parts.geometry,
+            staging_blocks=len(sequence.holds.staging_ids),
+            in_flight=in_flight,
+            budget=sequence.guard.budget_blocks,
+        )
 
     def _finish_block(self, sequence: Sequence) -> None:
         if sequence.num_processed % self._parts.geometry.block_tokens == 0:

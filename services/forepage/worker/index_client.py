@@ -15,7 +15,7 @@ from forepage.rpc import index_pb2_grpc as rpc
 from forepage.rpc.edge import open_channel
 
 RECONNECT_S = 0.2
-MAX_RECONNECT_S = 2.0
+MAX_RECONNECT_S = 1.0
 MAX_OPEN = 512
 """Questions on the stream at once; more are refused (many pending calls get cancelled by gRPC)."""
 

@@ -124,6 +124,8 @@ class Lookahead:
                 self._count_late(sequence, question)
         if state.load is None and state.want_exact:
             self._try_exact(sequence)
+        if state.load is None and sequence.holds.staging_ids and not sequence.is_exact:
+            self._residency.leave_exact(sequence)
         if state.load is None and (state.desired is not None or state.repair_due or state.rebalance_due):
             self._residency.start_change(sequence)
 
@@ -175,11 +177,9 @@ class Lookahead:
             state.rebalance_due = True
         if sequence.request.mode is not ResidencyMode.GUARDED:
             return
-        sequence.guard, action = sequence.guard.on_boundary()
+        sequence.guard, _ = sequence.guard.on_boundary()
         if not sequence.guard.raised:
             state.repair.clear()
-        if action is GuardAction.STEP_BACK and state.load is None:
-            self._residency.leave_exact(sequence)
 
     def _ask(self, sequence: Sequence, tap: StepTap, *, predict: bool, audit: bool) -> bool:
         parts = self._parts

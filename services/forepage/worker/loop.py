@@ -52,7 +52,7 @@ class Loop:
         """`arena` is the mapped payload area, u8."""
         self._parts = parts
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._live: dict[str, Sequence] = {}
+        self._live: dict[int, Sequence] = {}
         self._ending: list[Sequence] = []
         self._stopping = False
         self._prefill_turn = True
@@ -118,14 +118,15 @@ class Loop:
         try:
             with torch.inference_mode():
                 while not (self._stopping and not self._ending):
-                    self._turn()
+                    self.turn()
         except BaseException as error:
             self.broken = error
             self._parts.log.error("the loop broke; the worker stops", error=repr(error), exc_info=True)
             for sequence in list(self._live.values()):
                 sequence.emit(_failed(IntegrityError("the worker broke down; send the request again")))
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
+        """One turn; the thread's body, or called by a test that has no thread."""
         self._take_messages()
         self._write_back.tick()
         for sequence in list(self._live.values()):
@@ -259,7 +260,7 @@ class Loop:
         except ForepageError as error:
             sequence.emit(_failed(error))
             return
-        self._live[sequence.request.request_id] = sequence
+        self._live[sequence.incarnation] = sequence
 
     def _on_reply(self, reply: index_pb2.LookaheadReply) -> None:
         self._lookahead.on_reply(reply)
@@ -291,7 +292,7 @@ class Loop:
 
     def _end(self, sequence: Sequence) -> None:
         """Take the sequence out of every step; what it holds is released once its copies are over."""
-        if self._live.pop(sequence.request.request_id, None) is None:
+        if self._live.pop(sequence.incarnation, None) is None:
             return
         self._admission.remove(sequence)
         self._lookahead.forget(sequence)
@@ -342,9 +343,7 @@ class Loop:
 
 def _started(sequence: Sequence) -> pb.GenerateEvent:
     return pb.GenerateEvent(
-        started=pb.Started(
-            prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens
-        )
+        started=pb.Started(prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens)
     )
 
 

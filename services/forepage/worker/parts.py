@@ -1,17 +1,44 @@
 """What the loop's parts share: made once at the start, never replaced."""
 
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
+from opentelemetry.trace import Span
+from torch import Tensor
 
+from forepage.coldpool.client import PublishedRecord, SlotRef
 from forepage.kv.geometry import KvGeometry
 from forepage.model.transformer import Transformer
+from forepage.rpc import index_pb2
 from forepage.settings import WorkerSettings
 from forepage.telemetry import Telemetry
-from forepage.worker.arena_access import ArenaAccess
+from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.copy_engine import CopyEngine
 from forepage.worker.gpu_blocks import GpuBlocks
-from forepage.worker.index_client import IndexClient
+
+
+class ArenaPort(Protocol):
+    """What the loop needs of the cold pool; `ArenaAccess` over gRPC, tests bring one in memory."""
+
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def num_leases(self) -> int: ...
+    def grant(self, request: GrantRequest, span: Span) -> Future[Grant]: ...
+    def publish(self, records: Seq[PublishedRecord], span: Span) -> Future[list[SlotRef]]: ...
+    def release(self, refs: Seq[SlotRef], span: Span | None) -> Future[None]: ...
+    def matches(self, ref: SlotRef) -> bool: ...
+    def offset(self, ref: SlotRef) -> int: ...
+    def payload(self, ref: SlotRef) -> Tensor: ...
+
+
+class IndexPort(Protocol):
+    """What the loop needs of the lookahead index; `IndexClient` over gRPC, tests bring a scripted one."""
+
+    def ask(self, request: index_pb2.LookaheadRequest) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -24,8 +51,8 @@ class WorkerParts:
     model: Transformer
     blocks: GpuBlocks
     copies: CopyEngine
-    arena: ArenaAccess
-    index: IndexClient
+    arena: ArenaPort
+    index: IndexPort
     telemetry: Telemetry
     log: structlog.stdlib.BoundLogger
 

@@ -51,6 +51,7 @@ class Report:
     late_plans: int = 0
     index_down_intervals: int = 0
     discarded_plans: int = 0
+    budget_max: int = 0
     chosen_max: int = 0
     pinned_max: int = 0
     resident_max: int = 0
@@ -63,9 +64,16 @@ class Report:
     paused_ms: float = 0.0
 
     def add_step(
-        self, resident: ResidentSet, staging_blocks: int, in_flight: int, geometry: KvGeometry
+        self,
+        resident: ResidentSet,
+        geometry: KvGeometry,
+        *,
+        staging_blocks: int,
+        in_flight: int,
+        budget: int,
     ) -> None:
         """What one decode step had on the device; `in_flight` counts blocks being loaded for it."""
+        self.budget_max = max(self.budget_max, budget)
         chosen = len(resident.chosen)
         self.chosen_max = max(self.chosen_max, chosen)
         self.pinned_max = max(self.pinned_max, resident.num_pinned)

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import structlog
 import torch
 from opentelemetry.trace import SpanKind
 
@@ -93,7 +95,7 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
             key_blocks_free=blocks.keys.num_free,
             key_blocks_total=blocks.keys.total,
             slots_free=blocks.slots.num_free,
-            arena_slots_held=self._parts.arena.client.num_leases,
+            arena_slots_held=self._parts.arena.num_leases,
             device=str(blocks.device),
             draining=self.draining,
         )
@@ -127,6 +129,18 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         return Sequence.start(asked, emit=emit, span=span, hasher=hasher, settings=self._parts.settings)
 
 
+@dataclass(frozen=True)
+class _Peers:
+    """What exists before the model is loaded."""
+
+    config: dict[str, object]
+    geometry: KvGeometry
+    device: torch.device
+    arena: torch.Tensor
+    arena_access: ArenaAccess
+    index: IndexClient
+
+
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop`, then drain: no new requests, sequences end, everything is given back."""
     log = open_logs("worker", settings.telemetry)
@@ -148,8 +162,18 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         )
         await client.attach()
         stack.push_async_callback(client.close)
-        parts, arena, loop = _assemble(settings, config, geometry, client, telemetry)
-        stack.callback(unregister, arena, parts.blocks.device)
+        index = IndexClient(
+            settings.worker.index_address,
+            on_reply=lambda reply: loop.take_reply(reply),
+            on_down=lambda: loop.index_down(),
+        )
+        device = _device(settings.model.device)
+        arena = arena_tensor(client.view, device)
+        stack.callback(unregister, arena, device)
+        access = ArenaAccess(client, asyncio.get_running_loop())
+        peers = _Peers(config, geometry, device, arena, access, index)
+        parts = await asyncio.to_thread(_assemble, settings, peers, telemetry)
+        loop = Loop(parts, arena)
         identity = WorkerFrame(
             worker_id=settings.worker.worker_id,
             address=settings.worker.advertise or settings.worker.listen,
@@ -162,7 +186,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         servicer = DecodeWorker(loop, parts, identity, eos=eos if isinstance(eos, int) else 1)
         loop.start()
         tasks = [
-            asyncio.create_task(parts.index.run()),
+            asyncio.create_task(index.run()),
             asyncio.create_task(client.watch()),
             asyncio.create_task(keep_card(settings, identity)),
         ]
@@ -185,24 +209,16 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             raise loop.broken
 
 
-def _assemble(
-    settings: Settings,
-    config: dict[str, object],
-    geometry: KvGeometry,
-    client: ColdPoolClient,
-    telemetry: Telemetry,
-) -> tuple[WorkerParts, torch.Tensor, Loop]:
-    """Model, memory and peers of one worker."""
-    device = _device(settings.model.device)
-    spec = ModelSpec.from_config(config)
+def _assemble(settings: Settings, peers: _Peers, telemetry: Telemetry) -> WorkerParts:
+    """Model, memory and peers of one worker. Raises: ModelFormatError for the model folder."""
+    device, geometry = peers.device, peers.geometry
+    spec = ModelSpec.from_config(peers.config)
     targets = read_indexer_config(settings.model.path, spec).target_layers
     weights = load_or_seed(settings.model.path, spec, dtype=torch.float32, device=device)
     blocks = GpuBlocks(
         geometry, PoolSizes.from_settings(settings.worker, geometry), topk=spec.index_topk, device=device
     )
-    arena = arena_tensor(client.view, device)
-    loop_box: list[Loop] = []
-    parts = WorkerParts(
+    return WorkerParts(
         settings=settings.worker,
         geometry=geometry,
         topk=spec.index_topk,
@@ -210,18 +226,12 @@ def _assemble(
             spec, geometry, weights, device, target_layers=[spec.c4_layers[idx] for idx in targets]
         ),
         blocks=blocks,
-        copies=CopyEngine(blocks.pools, arena, geometry),
-        arena=ArenaAccess(client, asyncio.get_running_loop()),
-        index=IndexClient(
-            settings.worker.index_address,
-            on_reply=lambda reply: loop_box[0].take_reply(reply),
-            on_down=lambda: loop_box[0].index_down(),
-        ),
+        copies=CopyEngine(blocks.pools, peers.arena, geometry),
+        arena=peers.arena_access,
+        index=peers.index,
         telemetry=telemetry,
-        log=open_logs("worker", settings.telemetry),
+        log=structlog.get_logger("forepage.worker"),
     )
-    loop_box.append(Loop(parts, arena))
-    return parts, arena, loop_box[0]
 
 
 async def _until_stopped_or_broken(stop: asyncio.Event, loop: Loop) -> None:

@@ -20,6 +20,6 @@ def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyRepo
         sequence.request,
         final_mode=PROTO_OF_MODE[sequence.mode_now],
         full_by_size=never_paged and sequence.request.mode is not ResidencyMode.FULL,
-        budget=sequence.guard.budget_blocks,
+        budget=max(report.budget_max, sequence.request.budget_blocks),
         slack=parts.settings.load_slack_blocks,
     )

@@ -1,0 +1,319 @@
+"""A worker without processes: the real loop, model and pools, an arena in memory and a scripted index.
+
+The test drives the loop turn by turn, so every order of events can be made to happen.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import torch
+from opentelemetry.trace import Span
+from torch import Tensor
+
+from forepage.coldpool.client import PublishedRecord, SlotRef
+from forepage.coldpool.records import ArenaId
+from forepage.errors import CapacityError, DependencyError, ForepageError
+from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.prefix_hash import PrefixHasher
+from forepage.model.spec import ModelSpec, read_config
+from forepage.model.transformer import Transformer
+from forepage.model.weights import load_or_seed
+from forepage.rpc import index_pb2
+from forepage.rpc import worker_pb2 as pb
+from forepage.settings import BUNDLED_MODEL, ResidencyMode, WorkerSettings
+from forepage.telemetry import SpanName, Telemetry, open_telemetry
+from forepage.worker.arena_access import Grant, GrantRequest
+from forepage.worker.copy_engine import CopyEngine
+from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
+from forepage.worker.loop import Loop
+from forepage.worker.parts import WorkerParts
+from forepage.worker.request import Request
+from forepage.worker.sampler import Sampling
+from forepage.worker.sequence import Sequence
+
+TURNS = 20_000
+
+
+class MemoryArena:
+    """An ArenaPort over a tensor; can be down, and can hold its answers back."""
+
+    def __init__(self, geometry: KvGeometry, num_slots: int) -> None:
+        self.payloads = torch.zeros(num_slots * geometry.slot_bytes, dtype=torch.uint8)
+        self.num_slots = num_slots
+        self.is_down = False
+        self.leases: Counter[SlotRef] = Counter()
+        self.lost: set[SlotRef] = set()
+        self.ref_by_key: dict[bytes, SlotRef] = {}
+        self._slot_bytes = geometry.slot_bytes
+        self._generation = 0
+
+    @property
+    def num_leases(self) -> int:
+        return self.leases.total()
+
+    def grant(self, request: GrantRequest, span: Span) -> Future[Grant]:  # noqa: ARG002
+        return self._answer(lambda: self._grant(request))
+
+    def publish(self, records: Seq[PublishedRecord], span: Span) -> Future[list[SlotRef]]:  # noqa: ARG002
+        return self._answer(lambda: [self._publish(record) for record in records])
+
+    def release(self, refs: Seq[SlotRef], span: Span | None) -> Future[None]:  # noqa: ARG002
+        for ref in refs:
+            assert self.leases[ref] > 0, f"{ref} released but not leased"
+            self.leases[ref] -= 1
+        return self._answer(lambda: None)
+
+    def matches(self, ref: SlotRef) -> bool:
+        return ref not in self.lost
+
+    def offset(self, ref: SlotRef) -> int:
+        return ref.arena_id * self._slot_bytes
+
+    def payload(self, ref: SlotRef) -> Tensor:
+        return self.payloads[self.offset(ref) : self.offset(ref) + self._slot_bytes]
+
+    def _grant(self, request: GrantRequest) -> Grant:
+        blocks, resume = self._prefix(request)
+        count = request.num_slots - len(blocks)
+        used = {ref.arena_id for ref, leases in self.leases.items() if leases} | {
+            ref.arena_id for ref in self.ref_by_key.values()
+        }
+        free = [idx for idx in range(self.num_slots) if idx not in used]
+        if len(free) < count:
+            raise CapacityError("arena full", None, 0.1)
+        empty = []
+        for idx in free[:count]:
+            self._generation += 1
+            empty.append(SlotRef(ArenaId(idx), self._generation))
+        self.leases.update([*blocks, *resume, *empty])
+        return Grant(tuple(blocks), tuple(resume), tuple(empty))
+
+    def _prefix(self, request: GrantRequest) -> tuple[list[SlotRef], list[SlotRef]]:
+        for count in range(len(request.block_keys), 0, -1):
+            parts = request.resume_keys[count - 1]
+            keys = [*request.block_keys[:count], *(parts[i : i + 32] for i in range(0, len(parts), 32))]
+            if all(key in self.ref_by_key for key in keys):
+                refs = [self.ref_by_key[key] for key in keys]
+                return refs[:count], refs[count:]
+        return [], []
+
+    def _publish(self, record: PublishedRecord) -> SlotRef:
+        assert self.leases[record.slot] > 0
+        ref = self.ref_by_key.setdefault(record.key, record.slot)
+        if ref != record.slot:
+            self.leases[record.slot] -= 1
+            self.leases[ref] += 1
+        return ref
+
+    def _answer(self, act: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            if self.is_down:
+                raise DependencyError("cold pool down")
+            future.set_result(act())
+        except ForepageError as error:
+            future.set_exception(error)
+        return future
+
+
+@dataclass
+class ScriptedIndex:
+    """An IndexPort: keeps the questions, answers when the test says so (or at once with `auto`)."""
+
+    is_up: bool = True
+    auto: Callable[[index_pb2.LookaheadRequest], index_pb2.LookaheadReply] | None = None
+    questions: list[index_pb2.LookaheadRequest] = field(default_factory=list)
+    deliver: Callable[[index_pb2.LookaheadReply], None] | None = None
+
+    def ask(self, request: index_pb2.LookaheadRequest) -> bool:
+        if not self.is_up:
+            return False
+        self.questions.append(request)
+        if self.auto is not None:
+            self.answer(self.auto(request))
+        return True
+
+    def answer(self, reply: index_pb2.LookaheadReply) -> None:
+        """Deliver a reply."""
+        assert self.deliver is not None
+        self.deliver(reply)
+
+
+def plan_reply(
+    request: index_pb2.LookaheadRequest, blocks: Seq[int], *, recall: float = 1.0, missing: Seq[int] = ()
+) -> index_pb2.LookaheadReply:
+    """These blocks by falling score; every audit asked says `recall` of 20 evidence entries."""
+    reply = index_pb2.LookaheadReply(request_id=request.request_id, stamp=request.stamp)
+    if request.HasField("predict"):
+        reply.plan.block_idx.extend(blocks)
+        reply.plan.score.extend(1.0 - place / 1000 for place in range(len(blocks)))
+    for audit in request.audits:
+        reply.audits.add(
+            layer_idx=audit.layer_idx,
+            position=audit.position,
+            num_evidence=20,
+            num_evidence_resident=round(20 * recall),
+            missed_mass=1 - recall,
+            recall_at_k=recall,
+            missing_block_idx=missing,
+            missing_mass=[0.1] * len(missing),
+        )
+    return reply
+
+
+@dataclass
+class Running:
+    """A submitted request and what it said."""
+
+    sequence: Sequence
+    events: list[pb.GenerateEvent]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Generated so far."""
+        return [token for event in self.events for token in event.tokens.token_ids]
+
+    @property
+    def finished(self) -> pb.Finished | None:
+        """The end, if it ended well."""
+        return next((e.finished for e in self.events if e.HasField("finished")), None)
+
+    @property
+    def failed(self) -> pb.Failed | None:
+        """The typed error, if it ended in one."""
+        return next((e.failed for e in self.events if e.HasField("failed")), None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stream has ended."""
+        return self.finished is not None or self.failed is not None
+
+    @property
+    def report(self) -> pb.ResidencyReport:
+        """usage.forepage of a finished request."""
+        assert self.finished is not None, self.failed
+        return self.finished.residency
+
+
+class WorkerRig:
+    """The loop and its fakes."""
+
+    def __init__(self, parts: WorkerParts, arena: MemoryArena, index: ScriptedIndex) -> None:
+        self.parts = parts
+        self.arena = arena
+        self.index = index
+        self.loop = Loop(parts, arena.payloads)
+        index.deliver = self.loop.take_reply
+
+    def submit(
+        self,
+        prompt: Seq[int],
+        *,
+        mode: ResidencyMode = ResidencyMode.FULL,
+        max_tokens: int = 8,
+        budget_blocks: int = 2,
+        sampling: Sampling | None = None,
+        salt: str = "",
+        name: str = "r",
+    ) -> Running:
+        """Queue a request."""
+        request = Request(
+            request_id=name,
+            prompt=tuple(prompt),
+            sampling=sampling or Sampling(0.0, 1.0, 0, 0.0, 0),
+            max_tokens=max_tokens,
+            stop_token_ids=frozenset(),
+            mode=mode,
+            min_recall=0.95,
+            budget_blocks=budget_blocks,
+            cache_salt=salt,
+        )
+        events: list[pb.GenerateEvent] = []
+        sequence = Sequence.start(
+            request,
+            emit=events.append,
+            span=self.parts.telemetry.start_span(SpanName.WORKER_GENERATE),
+            hasher=PrefixHasher("rig", self.parts.geometry.block_tokens, salt),
+            settings=self.parts.settings,
+        )
+        self.loop.submit(sequence)
+        return Running(sequence, events)
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        """Turn the loop until the condition holds; every law is checked on the way."""
+        with torch.inference_mode():
+            for _ in range(TURNS):
+                if condition():
+                    return
+                self.loop.turn()
+                self.parts.blocks.check_integrity()
+        raise AssertionError(f"not within {TURNS} turns")
+
+    def run(self, *running: Running) -> None:
+        """Until these are over and everything they held is back."""
+        self.run_until(lambda: all(one.is_over for one in running))
+        self.run_until(lambda: self.loop.num_sequences == 0)
+
+    def check_baseline(self) -> None:
+        """Nothing is held on the device or leased in the arena."""
+        self.parts.blocks.check_idle()
+        assert self.arena.num_leases == 0
+
+
+@contextmanager
+def worker_rig(**changes: Any) -> Iterator[WorkerRig]:
+    """A rig with small pools; `changes` go to WorkerSettings."""
+    defaults: dict[str, Any] = {
+        "recent_tokens": 256,
+        "interval_steps": 16,
+        "kv_bytes": 16 << 20,
+        "max_running": 4,
+        "load_slack_blocks": 4,
+        "prefill_chunk_tokens": 512,
+        "admission_timeout_s": 5.0,
+        "escalation_reserve_bytes": 1 << 20,
+    }
+    settings = WorkerSettings(**{**defaults, **changes})
+    config = read_config(BUNDLED_MODEL)
+    spec, device = ModelSpec.from_config(config), torch.device("cpu")
+    geometry = KvGeometry.from_config(config, KvFormat.FP8)
+    weights = load_or_seed(BUNDLED_MODEL, spec, dtype=torch.float32, device=device)
+    blocks = GpuBlocks(
+        geometry, PoolSizes.from_settings(settings, geometry), topk=spec.index_topk, device=device
+    )
+    arena, index = MemoryArena(geometry, num_slots=200), ScriptedIndex()
+    telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
+    parts = WorkerParts(
+        settings=settings,
+        geometry=geometry,
+        topk=spec.index_topk,
+        model=Transformer(spec, geometry, weights, device, target_layers=list(geometry.c4_layers)),
+        blocks=blocks,
+        copies=CopyEngine(blocks.pools, arena.payloads, geometry),
+        arena=arena,
+        index=index,
+        telemetry=telemetry,
+        log=structlog.get_logger("rig"),
+    )
+    # a byte nobody wrote must never be read as a row: 0xFF is NaN in fp8, bf16 and fp32 alike
+    for pool in (blocks.pools.rows, blocks.pools.keys, blocks.pools.c128):
+        pool.fill_(0xFF)
+    try:
+        yield WorkerRig(parts, arena, index)
+    finally:
+        parts.copies.close()
+        telemetry.close()
+
+
+def text_tokens(count: int, seed: int = 0) -> list[int]:
+    """Bytes that look like text: words from a small vocabulary, so that positions repeat."""
+    generator = torch.Generator().manual_seed(seed)
+    words = ["the", "page", "ahead", "of", "need", "block", "row", "key", "is", "read", "\n"]
+    picks = torch.randint(0, len(words), (count,), generator=generator).tolist()
+    return list(" ".join(words[pick] for pick in picks).encode()[:count])
