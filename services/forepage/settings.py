@@ -87,9 +87,10 @@ class IndexSettings(_Section):
     """The lookahead index."""
 
     listen: str = Field("127.0.0.1:7101", description="gRPC address")
-    coldpool_address: str = Field("127.0.0.1:7102", description="the cold pool manager of this host")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where it scores")
-    threshold: float = Field(0.5, ge=0.0, le=1.0, description="an entry is wanted above this probability")
+    threshold: float | None = Field(
+        None, ge=0.0, le=1.0, description="an entry is wanted above this; none: as the indexer was calibrated"
+    )
     plan_stream_maxlen: int = Field(10_000, ge=1, description="plans kept on the Redis stream for observers")
     max_inflight: int = Field(64, ge=1, le=1000, description="questions worked on or queued per stream")
     metrics_port: Port = Field(0, description="Prometheus port; 0: off")

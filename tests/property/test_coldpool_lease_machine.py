@@ -80,7 +80,18 @@ class LeaseMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.callers)
     @rule(data=st.data(), count=st.integers(1, 3))
     def reserve(self, data: st.DataObject, count: int) -> None:
+        self.do_reserve(data.draw(st.sampled_from(self.callers)), count)
+
+    @precondition(lambda self: self.callers and self.table.num_free)
+    @rule(data=st.data(), key=keys)
+    def write_a_record(self, data: st.DataObject, key: bytes) -> None:
         holder = data.draw(st.sampled_from(self.callers))
+        before = set(self.writing(holder))
+        self.do_reserve(holder, 1)
+        (ref,) = set(self.writing(holder)) - before
+        self.do_publish(holder, ref, key)
+
+    def do_reserve(self, holder: HolderId, count: int) -> None:
         try:
             refs = self.table.reserve(holder, count)
         except CapacityError:
@@ -99,7 +110,9 @@ class LeaseMachine(RuleBasedStateMachine):
     @rule(key=keys, data=st.data())
     def publish(self, key: bytes, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from([holder for holder in self.callers if self.writing(holder)]))
-        ref = data.draw(st.sampled_from(self.writing(holder)))
+        self.do_publish(holder, data.draw(st.sampled_from(self.writing(holder))), key)
+
+    def do_publish(self, holder: HolderId, ref: SlotRef, key: bytes) -> None:
         answer = self.table.publish(holder, ref, record_of(key))
         assert answer == self.complete.setdefault(key, ref)
         self.held[holder][answer] += 1
@@ -247,5 +260,5 @@ class LeaseMachine(RuleBasedStateMachine):
         assert counts.cached == len(self.complete)
 
 
-LeaseMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+LeaseMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestLeaseMachine = LeaseMachine.TestCase

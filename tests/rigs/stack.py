@@ -144,7 +144,6 @@ def running_stack(
         "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(64 << 20),
         "FOREPAGE_COLDPOOL__SHM_DIR": str(shm_dir),
         "FOREPAGE_INDEX__LISTEN": addresses["index"],
-        "FOREPAGE_INDEX__COLDPOOL_ADDRESS": addresses["coldpool"],
         "FOREPAGE_WORKER__LISTEN": addresses["worker"],
         "FOREPAGE_WORKER__COLDPOOL_ADDRESS": addresses["coldpool"],
         "FOREPAGE_WORKER__INDEX_ADDRESS": addresses["index"],

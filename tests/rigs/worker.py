@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
 import torch
 from opentelemetry.trace import Span
 from torch import Tensor
@@ -19,18 +18,14 @@ from torch import Tensor
 from forepage.coldpool.client import PublishedRecord, SlotRef
 from forepage.coldpool.records import ArenaId
 from forepage.errors import CapacityError, DependencyError, ForepageError
-from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.geometry import KvGeometry
 from forepage.kv.prefix_hash import PrefixHasher
-from forepage.model.spec import ModelSpec, read_config
-from forepage.model.transformer import Transformer
-from forepage.model.weights import load_or_seed
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import BUNDLED_MODEL, ResidencyMode, WorkerSettings
+from forepage.settings import ResidencyMode, Settings, WorkerSettings
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
-from forepage.worker.copy_engine import CopyEngine
-from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
+from forepage.worker.assembly import ModelFolder, assemble
 from forepage.worker.loop import Loop
 from forepage.worker.parts import WorkerParts
 from forepage.worker.request import Request
@@ -127,7 +122,7 @@ class ScriptedIndex:
     """An IndexPort: keeps the questions, answers when the test says so (or at once with `auto`)."""
 
     is_up: bool = True
-    auto: Callable[[index_pb2.LookaheadRequest], index_pb2.LookaheadReply] | None = None
+    auto: Callable[[index_pb2.LookaheadRequest], index_pb2.LookaheadReply | None] | None = None
     questions: list[index_pb2.LookaheadRequest] = field(default_factory=list)
     deliver: Callable[[index_pb2.LookaheadReply], None] | None = None
 
@@ -135,8 +130,9 @@ class ScriptedIndex:
         if not self.is_up:
             return False
         self.questions.append(request)
-        if self.auto is not None:
-            self.answer(self.auto(request))
+        reply = self.auto(request) if self.auto is not None else None
+        if reply is not None:
+            self.answer(reply)
         return True
 
     def answer(self, reply: index_pb2.LookaheadReply) -> None:
@@ -279,28 +275,14 @@ def worker_rig(**changes: Any) -> Iterator[WorkerRig]:
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }
-    settings = WorkerSettings(**{**defaults, **changes})
-    config = read_config(BUNDLED_MODEL)
-    spec, device = ModelSpec.from_config(config), torch.device("cpu")
-    geometry = KvGeometry.from_config(config, KvFormat.FP8)
-    weights = load_or_seed(BUNDLED_MODEL, spec, dtype=torch.float32, device=device)
-    blocks = GpuBlocks(
-        geometry, PoolSizes.from_settings(settings, geometry), topk=spec.index_topk, device=device
-    )
-    arena, index = MemoryArena(geometry, num_slots=200), ScriptedIndex()
+    settings = Settings(worker=WorkerSettings(**{**defaults, **changes}))
+    folder, device = ModelFolder.read(settings.model), torch.device("cpu")
+    arena, index = MemoryArena(folder.geometry, num_slots=200), ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
-    parts = WorkerParts(
-        settings=settings,
-        geometry=geometry,
-        topk=spec.index_topk,
-        model=Transformer(spec, geometry, weights, device, target_layers=list(geometry.c4_layers)),
-        blocks=blocks,
-        copies=CopyEngine(blocks.pools, arena.payloads, geometry),
-        arena=arena,
-        index=index,
-        telemetry=telemetry,
-        log=structlog.get_logger("rig"),
+    parts = assemble(
+        settings, folder, device, arena.payloads, arena_port=arena, index=index, telemetry=telemetry
     )
+    blocks = parts.blocks
     # a byte nobody wrote must never be read as a row: 0xFF is NaN in fp8, bf16 and fp32 alike
     for pool in (blocks.pools.rows, blocks.pools.keys, blocks.pools.c128):
         pool.fill_(0xFF)

@@ -26,7 +26,7 @@ def test_ports_of_zero_become_free_ports_that_peers_are_told(tmp_path: Path) -> 
     assert len(ports) == 4
     assert "0" not in ports
     assert settings.worker.index_address == settings.index.listen
-    assert settings.worker.coldpool_address == settings.index.coldpool_address == settings.coldpool.listen
+    assert settings.worker.coldpool_address == settings.coldpool.listen
     check_ports(settings)
 
 

@@ -13,6 +13,7 @@ from forepage.worker.sampler import Sampling
 from forepage.worker.sequence import Phase
 
 PROMPT = text_tokens(2_100)
+LONG = text_tokens(4_200)
 FULL, LOOKAHEAD, GUARDED, EXACT = ResidencyMode.FULL, *list(ResidencyMode)[1:3], ResidencyMode.EXACT
 Policy = Callable[[index_pb2.LookaheadRequest], index_pb2.LookaheadReply]
 
@@ -124,7 +125,7 @@ def test_a_plan_of_an_older_interval_is_discarded() -> None:
         stale, newest = rig.index.questions[1:3]
         rig.index.answer(plan_reply(stale, [0, 2]))
         rig.index.answer(plan_reply(newest, [2, 4]))
-        rig.run_until(lambda: running.sequence.lookahead.question is None)
+        rig.run_until(lambda: running.sequence.resident.chosen != [1, 3])
         assert running.sequence.resident.chosen == [2, 4]
         rig.run(running)
         assert running.report.discarded_plans == 1
@@ -199,9 +200,13 @@ def test_guarded_steps_back_after_clean_intervals() -> None:
 
 
 def test_no_room_to_escalate_pauses_and_ends_in_a_typed_error() -> None:
-    with worker_rig(escalation_reserve_bytes=0, admission_timeout_s=0.3) as rig:
-        rig.index.auto = lambda request: plan_reply(request, [1, 3], recall=0.0)
-        running = rig.submit(PROMPT, mode=GUARDED, max_tokens=200)
+    with worker_rig(escalation_reserve_bytes=0, admission_timeout_s=0.3, first_plan_timeout_ms=60_000) as rig:
+        rig.index.auto = lambda request: (
+            None if request.stamp.sequence_id == "other" else plan_reply(request, [1, 3], recall=0.0)
+        )
+        other = rig.submit(PROMPT, mode=LOOKAHEAD, name="other")  # waits for its first plan meanwhile
+        rig.run_until(lambda: other.sequence.lookahead.question is not None)
+        running = rig.submit(LONG, mode=GUARDED, max_tokens=200)
         rig.run_until(lambda: len(running.tokens) > 3)
         rest = rig.parts.blocks.keys.total - rig.parts.blocks.keys.promised
         assert rig.parts.blocks.keys.try_promise(rest)
@@ -211,6 +216,7 @@ def test_no_room_to_escalate_pauses_and_ends_in_a_typed_error() -> None:
         assert running.failed.code == "capacity_exhausted"
         assert running.failed.retry_after_s > 0
         rig.parts.blocks.keys.try_promise(-rest)
+        rig.loop.cancel(other.sequence)
         rig.run_until(lambda: rig.loop.num_sequences == 0)
         rig.check_baseline()
 
@@ -218,7 +224,7 @@ def test_no_room_to_escalate_pauses_and_ends_in_a_typed_error() -> None:
 def test_a_paused_sequence_goes_on_exactly_when_there_is_room() -> None:
     with worker_rig(escalation_reserve_bytes=0) as rig:
         rig.index.auto = lambda request: plan_reply(request, [1, 3], recall=0.0)
-        running = rig.submit(PROMPT, mode=GUARDED, max_tokens=100)
+        running = rig.submit(LONG, mode=GUARDED, max_tokens=100)
         rig.run_until(lambda: len(running.tokens) > 3)
         rest = rig.parts.blocks.keys.total - rig.parts.blocks.keys.promised
         assert rig.parts.blocks.keys.try_promise(rest)

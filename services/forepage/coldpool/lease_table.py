@@ -107,7 +107,7 @@ class LeaseTable:
             return ref
         if present != ref:
             self._change(self._leases_of(holder), ref.arena_id, -1)
-            self._change(self._leases_of(holder), present.arena_id, 1)
+            pass
         return present
 
     def check_publishable(self, holder: HolderId, ref: SlotRef, key: bytes) -> None:
@@ -149,7 +149,7 @@ class LeaseTable:
             void.extend([ref] * (count - granted))
             kept[ref.arena_id] += granted
         for arena_id in {**held, **kept}:
-            pass
+            self._change(held, arena_id, kept[arena_id] - held[arena_id])
         self._end_doubt_of(holder)
         return void
 

@@ -69,8 +69,7 @@ async def _serve(
             add_LookaheadIndexServicer_to_server(servicer, server)
 
         drain_s = settings.index.drain_timeout_s
-        async with serving(settings.index.listen, register, drain_s=drain_s) as (port, health):
-            await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        async with serving(settings.index.listen, register, drain_s=drain_s, ready=False) as (port, health):
             _log.info("index listens", port=port)
             mapping = tasks.create_task(_map_arena(store, health))
             await stop.wait()
@@ -152,4 +151,4 @@ def build_servicer(
 
 def _threshold(settings: IndexSettings, indexer: MemoryIndexer) -> float:
     """The one set by the operator, else the one the indexer was calibrated with."""
-    return settings.threshold if "threshold" in settings.model_fields_set else indexer.threshold
+    return indexer.threshold if settings.threshold is None else settings.threshold

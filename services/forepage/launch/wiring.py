@@ -20,7 +20,6 @@ from forepage.settings import ENV_PREFIX, Settings
 VALKEY = "valkey"
 PROBE_TIMEOUT_S = 2.0
 _PEERS = (  # (section, field) that says where a peer listens
-    ("index", "coldpool_address", Role.COLDPOOL),
     ("worker", "coldpool_address", Role.COLDPOOL),
     ("worker", "index_address", Role.INDEX),
 )

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from forepage.kv.geometry import KvFormat
+from forepage.model.weights import weight_files
 
 LAYOUT_VERSION = 1
 """Of the block records' content; another version's blocks are never reused."""
@@ -18,7 +19,7 @@ def model_fingerprint(folder: Path, kv_format: KvFormat) -> str:
     """
     state = hashlib.blake2b(f"forepage-{LAYOUT_VERSION}-{kv_format}".encode(), digest_size=16)
     state.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         size = path.stat().st_size
         state.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:

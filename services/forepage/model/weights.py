@@ -17,6 +17,7 @@ from forepage.model.spec import ModelSpec
 from forepage.model.weight_table import Role, WeightEntry, weight_table
 
 MTP_PREFIX = "mtp."
+MEMORY_INDEXER_FILE = "memory_indexer.safetensors"
 _PLAIN_DTYPES = {"BF16", "F16", "F32", "I64"}
 _SPREAD: dict[Role, tuple[float, float]] = {
     Role.EMBEDDING: (0.0, 1.0),
@@ -38,12 +39,17 @@ def load_or_seed(
     Raises: ModelFormatError naming the tensor and file that is missing, unexpected, misshapen or
     quantised, or `forepage_seed` when there are neither weights nor a seed.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if files:
         return load_safetensors(files, spec, dtype=dtype, device=device)
     if spec.seed is None:
         raise ModelFormatError(f"{folder}: no *.safetensors, and config.json has no forepage_seed")
     return seeded_weights(spec, spec.seed, dtype=dtype, device=device)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The backbone's files: every *.safetensors but the memory indexer's."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != MEMORY_INDEXER_FILE]
 
 
 def seeded_weights(

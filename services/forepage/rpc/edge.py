@@ -23,6 +23,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # else a stream silent for 80 s is killed
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
@@ -76,9 +77,11 @@ def metadata_of(context: grpc.aio.ServicerContext[Any, Any]) -> Mapping[str, str
 
 @asynccontextmanager
 async def serving(
-    listen: str, register: Callable[[grpc.aio.Server], None], *, drain_s: float
+    listen: str, register: Callable[[grpc.aio.Server], None], *, drain_s: float, ready: bool = True
 ) -> AsyncIterator[tuple[int, Any]]:
-    """Serve while the block runs: yields the bound port and the health servicer (SERVING).
+    """Serve while the block runs: yields the bound port and the health servicer.
+
+    Health says SERVING at once, or (`ready` false) when the caller sets it.
 
     On leaving: health says NOT_SERVING, no new calls, open ones get `drain_s`, then they are cancelled.
     Raises: DependencyError when the address can't be bound.
@@ -91,8 +94,9 @@ async def serving(
         port = server.add_insecure_port(listen)
     except RuntimeError as error:
         raise DependencyError(f"cannot listen on {listen}: is another process using the port?") from error
+    status = health_pb2.HealthCheckResponse
+    await servicer.set("", status.SERVING if ready else status.NOT_SERVING)
     await server.start()
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     try:
         yield port, servicer
     finally:

@@ -77,10 +77,10 @@ class Lookahead:
         if asked is None:
             return None
         sequence, question = asked.sequence, asked.question
-        if question is not None:
-            question.predict_span.end()
         if sequence.device is None:
             return None
+        if question is not None and sequence.lookahead.question is question:
+            question.predict_span.end()
         if reply.error_code:
             self._refused(sequence, question, asked.num_audits, f"{reply.error_code}: {reply.error_message}")
             return sequence

@@ -1,0 +1,112 @@
+"""The worker's gRPC edge: requests in, events out; everything in between is the loop's."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import grpc
+from opentelemetry.trace import SpanKind
+
+from forepage.errors import DependencyError, ForepageError
+from forepage.frames import WorkerFrame
+from forepage.kv.prefix_hash import PrefixHasher
+from forepage.rpc import worker_pb2 as pb
+from forepage.rpc import worker_pb2_grpc as rpc
+from forepage.rpc.edge import abort, metadata_of
+from forepage.telemetry import SpanName, incoming_context
+from forepage.worker.loop import Loop
+from forepage.worker.parts import WorkerParts
+from forepage.worker.request import PROTO_OF_MODE, Request
+from forepage.worker.sequence import Sequence
+
+IDLE_POLL_S = 0.05
+
+
+class DecodeWorker(rpc.DecodeWorkerServicer):
+    """Requests in, events out; everything in between is the loop's."""
+
+    def __init__(self, loop: Loop, parts: WorkerParts, identity: WorkerFrame, *, eos: int) -> None:
+        self._loop = loop
+        self._parts = parts
+        self._identity = identity
+        self._eos = eos
+        self.draining = False
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.GenerateEvent]:
+        """One generation; cancelling the call frees everything the sequence holds."""
+        try:
+            if self.draining or self._loop.broken is not None:
+                raise DependencyError("this worker takes no more requests", None, 1.0)
+            asked = Request.parse(
+                request, self._parts.settings, vocab_size=self._parts.model.spec.vocab_size, eos=self._eos
+            )
+        except ForepageError as error:
+            await abort(context, error)
+        events: asyncio.Queue[pb.GenerateEvent] = asyncio.Queue()
+        sequence = self._sequence(asked, events, metadata_of(context))
+        self._loop.submit(sequence)
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if event.WhichOneof("event") in ("finished", "failed"):
+                    return
+        finally:
+            self._loop.cancel(sequence)
+
+    async def Describe(  # noqa: N802
+        self,
+        _: pb.DescribeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+    ) -> pb.DescribeReply:
+        """Who this is and how busy."""
+        blocks, settings = self._parts.blocks, self._parts.settings
+        return pb.DescribeReply(
+            worker_id=self._identity.worker_id,
+            model_name=self._identity.model_name,
+            model_fingerprint=self._identity.model_fingerprint,
+            max_context_tokens=settings.max_context_tokens,
+            default_mode=PROTO_OF_MODE[settings.default_mode],
+            running=self._loop.num_running,
+            waiting=self._loop.num_waiting,
+            max_running=settings.max_running,
+            row_blocks_free=blocks.rows.num_free,
+            row_blocks_total=blocks.rows.total,
+            key_blocks_free=blocks.keys.num_free,
+            key_blocks_total=blocks.keys.total,
+            slots_free=blocks.slots.num_free,
+            arena_slots_held=self._parts.arena.num_leases,
+            device=str(blocks.device),
+            draining=self.draining,
+        )
+
+    async def drained(self) -> None:
+        """Until no sequence is left; the loop counts them on its own thread, so this polls."""
+        while self._loop.num_sequences:  # noqa: ASYNC110
+            await asyncio.sleep(IDLE_POLL_S)
+
+    def _sequence(
+        self, asked: Request, events: asyncio.Queue[pb.GenerateEvent], metadata: Mapping[str, str]
+    ) -> Sequence:
+        loop = asyncio.get_running_loop()
+        span = self._parts.telemetry.start_span(
+            SpanName.WORKER_GENERATE,
+            incoming_context(metadata),
+            kind=SpanKind.SERVER,
+            sequence_id=asked.request_id,
+            worker_id=self._identity.worker_id,
+            mode=asked.mode.value,
+            input_tokens=len(asked.prompt),
+        )
+
+        def emit(event: pb.GenerateEvent) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        hasher = PrefixHasher(
+            self._identity.model_fingerprint, self._parts.geometry.block_tokens, asked.cache_salt
+        )
+        return Sequence.start(asked, emit=emit, span=span, hasher=hasher, settings=self._parts.settings)
