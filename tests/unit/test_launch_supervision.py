@@ -1,6 +1,7 @@
 """`forepage up` with small fake children: order, restarts, failures, and that nothing stays."""
 
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from forepage.launch.child import ChildSpec, Patience
 from forepage.launch.instance import LaunchError
+from forepage.launch.terminal import Terminal
 from forepage.launch.up import run_up
 from forepage.launch.wiring import valkey_spec
 from forepage.settings import ColdpoolSettings, GatewaySettings, IndexSettings, Settings, WorkerSettings
@@ -54,12 +56,23 @@ asyncio.run(Child(spec, folder / "a.log", patience=Patience(), tell=print).live(
 """
 
 
+class Screen(io.StringIO):
+    """What the console writes to; `gone` is a terminal that was closed."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
 @dataclass
 class FakeHost:
     """Fake children in a folder, and what they and the console said."""
 
     folder: Path
-    output: io.StringIO = field(default_factory=io.StringIO)
+    output: Screen = field(default_factory=Screen)
 
     def spec(self, name: str, how: str = "steady", after: tuple[str, ...] = ()) -> ChildSpec:
         argv = (sys.executable, "-I", "-S", "-c", FAKE_CHILD, name, str(self.folder), how)
@@ -92,7 +105,7 @@ class FakeHost:
 
     def run(self, specs: Sequence[ChildSpec]) -> Awaitable[None]:
         console = Console(file=self.output, highlight=False, markup=False, soft_wrap=True)
-        return run_up(self.settings(), console=console, specs=lambda *_: specs, patience=PATIENCE)
+        return run_up(self.settings(), terminal=Terminal(console), specs=lambda *_: specs, patience=PATIENCE)
 
     @asynccontextmanager
     async def up(self, *specs: ChildSpec) -> AsyncIterator["asyncio.Future[None]"]:
@@ -166,6 +179,13 @@ async def test_child_that_ignores_sigterm_is_killed_after_its_drain(host: FakeHo
         pass
     assert "a did not end within 0.2 s: killed" in host.output.getvalue()
     assert not any(is_running(pid) for pid in host.pids())
+
+
+async def test_terminal_that_closes_does_not_keep_children_alive(host: FakeHost) -> None:
+    async with host.up(host.spec("a"), host.spec("b")):
+        host.output.gone = True
+    assert host.events("ended") == ["b", "a"]
+    assert list((host.folder / "shm").iterdir()) == []
 
 
 async def test_second_signal_hurries(host: FakeHost) -> None:

@@ -107,7 +107,7 @@ class LeaseTable:
             return ref
         if present != ref:
             self._change(self._leases_of(holder), ref.arena_id, -1)
-            pass
+            self._change(self._leases_of(holder), present.arena_id, 1)
         return present
 
     def check_publishable(self, holder: HolderId, ref: SlotRef, key: bytes) -> None:

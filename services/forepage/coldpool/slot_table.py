@@ -181,14 +181,13 @@ class SlotTable:
     def _adopt_slot(self, arena_id: ArenaId, header: SlotHeader) -> bool:
         """Whether the slot stays in use; its header is then right already."""
         slot = self._slots[arena_id]
-        has_record = header.state in (SlotState.COMPLETE, SlotState.DAMAGED)
-        if has_record and (header.record is None or header.record.key in self._id_by_key):
-            return False
         if header.state is SlotState.FREE:
             return True
-        slot.state, slot.record, slot.is_doubtful = header.state, header.record, True
-        if header.state is SlotState.COMPLETE and header.record is not None:
+        if header.state is SlotState.COMPLETE:
+            if header.record is None or header.record.key in self._id_by_key:
+                return False
             self._id_by_key[header.record.key] = arena_id
+        slot.state, slot.record, slot.is_doubtful = header.state, header.record, True
         self._doubtful.add(arena_id)
         self._settle(arena_id)
         return True

@@ -101,14 +101,16 @@ class Child:
         process = self._process
         if process is None:
             return
+        if process.returncode is not None:
+            self._signal_group(signal.SIGKILL)
+            return
         clock = asyncio.get_running_loop().time
         asked = clock()
-        if process.returncode is None:
-            if not hurry.is_set():
-                process.terminate()
-            if not await self._ended(process, hurry) and not hurry.is_set():
-                self._tell(f"{self.spec.name} did not end within {self.spec.drain_s:g} s: killed")
-        self._signal_group(signal.SIGKILL)
+        if not hurry.is_set():
+            process.terminate()
+        if not await self._ended(process, hurry) and not hurry.is_set():
+            self._tell(f"{self.spec.name} did not end within {self.spec.drain_s:g} s: killed")
+        self._signal_group(signal.SIGKILL)  # also what it may have left in its group
         await process.wait()
         self.ready.clear()
         self._tell(f"{self.spec.name}: ended after {clock() - asked:.1f} s")

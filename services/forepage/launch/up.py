@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from forepage.launch.child import Child, ChildSpec, Patience
 from forepage.launch.child_log import follow_warnings
 from forepage.launch.health import dialable, served_models
 from forepage.launch.instance import LaunchError, instance_lock, remove_leftovers
+from forepage.launch.terminal import Terminal
 from forepage.launch.wiring import PROBE_TIMEOUT_S, check_ports, check_room, child_specs, placed
 from forepage.settings import Settings
 
@@ -28,14 +27,13 @@ _METRICS_ROLES = ("worker", "index", "coldpool")
 
 def up(settings: Settings) -> None:
     """Run until a signal. Raises: LaunchError, with nothing of ours left running."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    asyncio.run(run_up(settings, console=console))
+    asyncio.run(run_up(settings, terminal=Terminal()))
 
 
 async def run_up(
     settings: Settings,
     *,
-    console: Console,
+    terminal: Terminal,
     specs: SpecFactory = child_specs,
     patience: Patience = PATIENCE,
 ) -> None:
@@ -47,22 +45,24 @@ async def run_up(
         check_room(settings)
         run_dir = Path(tempfile.mkdtemp(prefix=f"forepage-{instance}-"))
         children = [
-            Child(spec, run_dir / f"{spec.name}.log", patience=patience, tell=console.print)
+            Child(spec, run_dir / f"{spec.name}.log", patience=patience, tell=terminal.tell)
             for spec in specs(settings, run_dir)
         ]
-        console.print(f"logs: {run_dir}")
+        terminal.tell(f"logs: {run_dir}")
         try:
-            await _supervise(children, settings=settings, console=console)
+            await _supervise(children, settings=settings, terminal=terminal)
         except ExceptionGroup as failures:
             raise _first(failures) from failures
         finally:
+            for child in reversed(children):  # whatever happened above: none is left
+                await child.stop(asyncio.Event())
             held = remove_leftovers(shm_dir, instance)
             if held:
-                console.print(f"left in place, other processes hold them: {', '.join(map(str, held))}")
-    console.print(f"stopped; logs stay in {run_dir}")
+                terminal.tell(f"left in place, other processes hold them: {', '.join(map(str, held))}")
+    terminal.tell(f"stopped; logs stay in {run_dir}")
 
 
-async def _supervise(children: Sequence[Child], *, settings: Settings, console: Console) -> None:
+async def _supervise(children: Sequence[Child], *, settings: Settings, terminal: Terminal) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     _listen_for_signals(stop, hurry)
     by_name = {child.spec.name: child for child in children}
@@ -71,14 +71,14 @@ async def _supervise(children: Sequence[Child], *, settings: Settings, console: 
             tasks.create_task(child.live([by_name[name] for name in child.spec.after if name in by_name]))
             for child in children
         ]
-        lives.append(tasks.create_task(_announce(children, settings, console)))
+        lives.append(tasks.create_task(_announce(children, settings, terminal)))
         follows = [
-            tasks.create_task(follow_warnings(child.log_path, child.spec.name, console.print))
+            tasks.create_task(follow_warnings(child.log_path, child.spec.name, terminal.tell))
             for child in children
         ]
         try:
             await stop.wait()
-            console.print("stopping: streams may end; Ctrl-C again to hurry")
+            terminal.tell("stopping: streams may end; Ctrl-C again to hurry")
         finally:
             for task in lives:
                 task.cancel()
@@ -95,16 +95,16 @@ def _listen_for_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
         loop.add_signal_handler(number, lambda: hurry.set() if stop.is_set() else stop.set())
 
 
-async def _announce(children: Sequence[Child], settings: Settings, console: Console) -> None:
+async def _announce(children: Sequence[Child], settings: Settings, terminal: Terminal) -> None:
     """Say what is being waited for (a terminal only), then what to do with the running system."""
-    with console.status("starting") as status:
+    with terminal.status() as show:
         waiting = list(children)
         while waiting:
-            status.update("waiting for " + ", ".join(child.spec.name for child in waiting))
+            show("waiting for " + ", ".join(child.spec.name for child in waiting))
             await waiting[0].ready.wait()
             waiting = [child for child in waiting if not child.ready.is_set()]
     models = await served_models(settings, timeout_s=PROBE_TIMEOUT_S)
-    console.print(_announcement(settings, model=models[0] if models else settings.model.path.name))
+    terminal.tell(_announcement(settings, model=models[0] if models else settings.model.path.name))
 
 
 def _announcement(settings: Settings, *, model: str) -> str:

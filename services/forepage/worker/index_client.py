@@ -52,17 +52,19 @@ class IndexClient:
     async def run(self) -> None:
         """Keep the stream up until cancelled."""
         self._loop = asyncio.get_running_loop()
-        delay = RECONNECT_S
+        delay, is_told = RECONNECT_S, False
         async with open_channel(self._address) as channel:
             while True:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), MAX_RECONNECT_S)
-                    delay = RECONNECT_S
+                    delay, is_told = RECONNECT_S, False
                     await self._stream(rpc.LookaheadIndexStub(channel))
                 except (grpc.aio.AioRpcError, TimeoutError) as error:
-                    self._log.warning(
-                        "lookahead index unreachable", address=self._address, error=str(error)[:200]
-                    )
+                    if not is_told:  # once an outage
+                        self._log.warning(
+                            "lookahead index unreachable", address=self._address, why=_why(error)
+                        )
+                    is_told = True
                 finally:
                     self._set_down()
                 await asyncio.sleep(delay)
@@ -94,3 +96,7 @@ class IndexClient:
         was_connected, self._connected, self._open = self._connected, False, 0
         if was_connected:
             self._on_down()
+
+
+def _why(error: Exception) -> str:
+    return str(error.details()) if isinstance(error, grpc.aio.AioRpcError) else "no answer"
