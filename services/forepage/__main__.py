@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from importlib import import_module
 from typing import Annotated, NoReturn, cast
 
-import pydantic_settings
 import typer
 
 from forepage.errors import ForepageError, IntegrityError
@@ -94,7 +93,7 @@ def healthy(role: Annotated[Role, typer.Argument(help="the process to ask, on th
 def _settings() -> Settings:
     try:
         return load_settings()
-    except (SettingsError, pydantic_settings.SettingsError) as error:
+    except SettingsError as error:
         _fail(f"forepage: {error}", BAD_SETTINGS)
 
 

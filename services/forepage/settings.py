@@ -5,13 +5,14 @@ the start: a misspelt setting must not be a default. OTEL_* variables belong to 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as UnreadableSetting
 
 ENV_PREFIX = "FOREPAGE_"
 BUNDLED_MODEL = Path(__file__).parent / "model" / "bundled" / "seeded"
@@ -185,11 +186,10 @@ class SettingsError(Exception):
     """The environment does not make a valid tree; the text names each wrong variable."""
 
 
-def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+def load_settings() -> Settings:
     """Read the tree from the environment. Raises: SettingsError naming what is unknown or out of range."""
-    seen = os.environ if environ is None else environ
     known = {name for name, _, _ in setting_names()}
-    unknown = sorted(name for name in seen if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
     if unknown:
         raise SettingsError(f"unknown settings: {', '.join(unknown)}; `forepage check` lists the known ones")
     try:
@@ -197,6 +197,8 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     except ValidationError as error:
         lines = [f"{_env_name(item['loc'])}: {item['msg']}" for item in error.errors()]
         raise SettingsError("; ".join(lines)) from error
+    except UnreadableSetting as error:  # a list or a section that is no JSON
+        raise SettingsError(f'{error}; lists are written as JSON: ["a", "b"]') from error
 
 
 def setting_names() -> Iterator[tuple[str, str, str]]:
