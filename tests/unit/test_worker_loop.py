@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 from forepage.coldpool.client import SlotRef
 from forepage.rpc import index_pb2
@@ -11,6 +10,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode
 from forepage.worker.sampler import Sampling
 from forepage.worker.sequence import Phase
+from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 PROMPT = text_tokens(2_100)
 LONG = text_tokens(4_200)
