@@ -3,7 +3,7 @@
 
 import triton.language as tl
 
-from forepage_kernels.codec import load_e4m3, load_f32
+from forepage_kernels.codec import load_e4m3, load_f32, load_mxfp4
 from forepage_kernels.jit import jit, next_power_of_2
 
 TILE_ENTRIES = 64
@@ -27,20 +27,26 @@ def score_keys(
     value_offset: tl.tensor,
     scale_offset: tl.tensor,
     present: tl.tensor,
+    N: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BF16: tl.constexpr,
+    MXFP4: tl.constexpr,
 ) -> tl.tensor:
     """sum over heads of weight * relu(q . k) -> f32 [N]; 0 where not present, and nothing read there.
 
     queries points at [H, DIMS], weights at f32 [H], keys at bytes; value_offset, scale_offset i64 [N].
-    No score of one head leaves the tile. A key's scale is positive, so it is applied after the ReLU,
-    and its e4m3 values are exact in bf16 and tf32. Callers promise the compiler that value_offset is a
-    multiple of 8 (a promise made in here would be about a parameter, and lost when this is inlined).
+    No score of one head leaves the tile. An fp8 key's one scale is positive, so it is applied after the
+    ReLU; an mxfp4 key's scales are in its values. Both are exact in bf16 and tf32. Callers promise the
+    compiler that value_offset is a multiple of 8 (a promise made in here would be about a parameter, and
+    lost when this is inlined).
     """
     dim = tl.arange(0, DIMS)
-    key = load_e4m3(keys + value_offset[:, None] + dim[None, :], present[:, None])  # [N, DIMS]
-    scale = load_f32(keys + scale_offset, present)  # [N]
+    if MXFP4:
+        key, scale = load_mxfp4(keys + value_offset, keys + scale_offset, present, N, DIMS)
+    else:
+        key = load_e4m3(keys + value_offset[:, None] + dim[None, :], present[:, None])  # [N, DIMS]
+        scale = load_f32(keys + scale_offset, present)  # [N]
     if BF16:
         key = key.to(tl.bfloat16)
     total = tl.zeros_like(scale)

@@ -9,6 +9,9 @@ A block holds one *plane* per layer: all values of its entries, then all their s
     key, fp8 (128 dims)
         values  128 e4m3                          0
         scales    1 fp32, a power of two          0
+    key, mxfp4 (128 dims)
+        values   64 bytes, two e2m1 each          0     low nibble = even dim
+        scales    4 UE8M0                         0     one per 32 dims
     fp32 rows and keys: plain fp32 values, no scales.
 
 Slot s of a layer: value at (s // entries) * block_bytes + layer_offset + (s % entries) * value_bytes,
@@ -25,15 +28,17 @@ from torch import Tensor
 
 from forepage_kernels.checks import check_tensor
 from forepage_kernels.errors import ShapeError
+from forepage_kernels.mxfp4 import MX_GROUP, decode_mxfp4, encode_mxfp4
 
 Format = Literal["fp8", "fp32"]
+KeyFormat = Literal["fp8", "mxfp4", "fp32"]
 
 ABSENT = -1
 """A slot, block id or offset that stands for nothing; every negative value means the same."""
 SCALE_GROUP = 64
 MIN_AMAX = 1e-4
 LANE_BYTES = 8
-"""Copies move 8-byte lanes, so every span starts and ends on a multiple of it (key scales: 4)."""
+"""Copies move 8-byte lanes: every span starts and ends on a multiple of it (not a single key's scales)."""
 E4M3_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
 
 
@@ -85,33 +90,44 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """One layer's indexer keys in a block. Raises: ShapeError unless fp8 keys have 2^n dims."""
+    """One layer's indexer keys in a block. Raises: ShapeError unless quantised keys have 2^n dims."""
 
     entries: int
     dims: int
-    format: Format
+    format: KeyFormat
 
     def __post_init__(self) -> None:
         if self.entries < 1 or self.dims < 1 or self.value_bytes % LANE_BYTES:
             raise ShapeError(f"key layout: impossible sizes {self}")
-        if self.format == "fp8" and self.dims & (self.dims - 1):
+        if self.rotated and self.dims & (self.dims - 1):
             raise ShapeError(
-                f"key layout: fp8 keys are Hadamard-rotated, {self.dims} dims is no power of two"
+                f"key layout: {self.format} keys are Hadamard-rotated, {self.dims} dims is no power of two"
             )
+        if self.format == "mxfp4" and self.dims % MX_GROUP:
+            raise ShapeError(f"key layout: {self.dims} dims, not a multiple of {MX_GROUP}")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys are stored Hadamard-rotated: all quantised ones."""
+        return self.format != "fp32"
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a key's values: 128."""
+        """Bytes of a key's values: 128 in fp8, 64 in mxfp4."""
+        if self.format == "mxfp4":
+            return self.dims // 2
         return self.dims * (4 if self.format == "fp32" else 1)
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of a key's scale: one fp32; none in fp32."""
+        """Bytes of a key's scales: one fp32 in fp8, one UE8M0 per 32 dims in mxfp4, none in fp32."""
+        if self.format == "mxfp4":
+            return self.dims // MX_GROUP
         return 0 if self.format == "fp32" else 4
 
     @property
     def plane_bytes(self) -> int:
-        """Bytes a plane uses: 8,448."""
+        """Bytes a plane uses: 8,448 in fp8, 4,352 in mxfp4."""
         return self.entries * (self.value_bytes + self.scale_bytes)
 
 
@@ -168,7 +184,7 @@ class RowPool(PlanePool[RowLayout]):
 
 
 class KeyPool(PlanePool[KeyLayout]):
-    """Slots of indexer keys; fp8 keys are stored Hadamard-rotated."""
+    """Slots of indexer keys; quantised keys are stored Hadamard-rotated."""
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -216,16 +232,20 @@ def encode_keys(x: Tensor, layout: KeyLayout) -> tuple[Tensor, Tensor]:
     check_tensor("x", x, dtype=torch.float32, shape=[None, layout.dims])
     if layout.format == "fp32":
         return x.view(torch.uint8), x.new_empty(x.shape[0], 0, dtype=torch.uint8)
+    if layout.format == "mxfp4":
+        return encode_mxfp4(x)
     values, exponents = _quantize(x)
     return values, _scale(exponents).unsqueeze(1).view(torch.uint8)
 
 
 def decode_keys(values: Tensor, scales: Tensor, layout: KeyLayout) -> Tensor:
-    """values u8 [n, value_bytes], scales u8 [n, scale_bytes] -> f32 [n, dims], as stored (rotated if fp8)."""
+    """values u8 [n, value_bytes], scales u8 [n, scale_bytes] -> f32 [n, dims], as stored (rotated)."""
     check_tensor("values", values, dtype=torch.uint8, shape=[None, layout.value_bytes])
     check_tensor("scales", scales, dtype=torch.uint8, shape=[values.shape[0], layout.scale_bytes])
     if layout.format == "fp32":
         return values.view(torch.float32)
+    if layout.format == "mxfp4":
+        return decode_mxfp4(values, scales)
     return _e4m3(values) * scales.view(torch.float32)
 
 
@@ -269,9 +289,10 @@ def _decode(values: Tensor, scales: Tensor, pool: RowPool | KeyPool) -> Tensor:
 def _lanes(span: Tensor) -> Tensor:
     """The same bytes in words as wide as the last dim allows: indexing copies word by word."""
     width = span.shape[-1]
-    if width == 0:
-        return span
-    return span.view(torch.int64 if width % 8 == 0 else torch.int32)
+    for size, word in ((8, torch.int64), (4, torch.int32), (2, torch.int16)):
+        if width and width % size == 0:
+            return span.view(word)
+    return span
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,10 @@ is wrong ends with one line and exit code 2; an error that we know by name with 
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, NoReturn, cast
 
 import typer
@@ -19,6 +21,7 @@ from forepage.settings_report import resolved_table, settings_markdown
 BAD_SETTINGS = 2
 FAILED = 1
 HEALTH_TIMEOUT_S = 4.0
+GPU_BYTES = 80 << 30
 
 RoleMain = Callable[[Settings, asyncio.Event], Awaitable[None]]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -72,9 +75,28 @@ def up() -> None:
 
 
 @app.command()
-def check() -> None:
-    """Print the settings that this environment resolves to; secrets are masked."""
-    typer.echo(resolved_table(_settings()))
+def check(
+    model_dir: Annotated[Path | None, typer.Argument(help="a model folder; none: the settings")] = None,
+    gpu_bytes: Annotated[int, typer.Option(min=1, help="memory of one GPU")] = GPU_BYTES,
+    host_bytes: Annotated[
+        int | None, typer.Option(min=1, help="memory for the cold pool; none: all this host has")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="GPUs the model is split over; none: as few as hold it")
+    ] = None,
+) -> None:
+    """Print the settings of this environment, secrets masked; or what a model folder holds and needs."""
+    from forepage.model_report import Budget, ModelReport, print_report
+
+    settings = _settings()
+    if model_dir is None:
+        typer.echo(resolved_table(settings))
+        return
+    try:
+        report = ModelReport.read(model_dir)
+        print_report(report, settings.worker, Budget(gpu_bytes, host_bytes or _memory_bytes()), ranks)
+    except ForepageError as error:
+        _fail(f"forepage check: {error}", FAILED)
 
 
 @app.command("settings-table")
@@ -88,6 +110,10 @@ def healthy(role: Annotated[Role, typer.Argument(help="the process to ask, on th
     """Exit 0 when that process takes work, else 1: for container health checks."""
     if not asyncio.run(role_is_ready(role, _settings(), timeout_s=HEALTH_TIMEOUT_S)):
         _fail(f"{role} is not ready", FAILED)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _settings() -> Settings:

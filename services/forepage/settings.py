@@ -63,6 +63,11 @@ class ModelSettings(_Section):
     kv_format: str = Field(
         "fp8", pattern="^(fp8|fp32)$", description="KV rows and keys: fp8, or fp32 (tests)"
     )
+    key_format: str = Field(
+        "fp8",
+        pattern="^(fp8|mxfp4)$",
+        description="indexer keys beside fp8 rows: fp8, or mxfp4 (half the bytes)",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where the worker computes")
 
 

@@ -17,6 +17,7 @@ from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory
 from forepage.settings import BUNDLED_MODEL, GatewaySettings
 from forepage.telemetry import open_telemetry
 from forepage.text.tokenizer import Tokenizer
+from forepage.text.wording import Wording
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
 
@@ -26,6 +27,7 @@ def make_app() -> fastapi.FastAPI:
     app = create_app(
         GatewaySettings(),
         tokenizer=Tokenizer.load(BUNDLED_MODEL),
+        wording=Wording.load(BUNDLED_MODEL),
         directory=WorkerDirectory(FixedWorkers(()), telemetry),
         admission=Admission(1),
         telemetry=telemetry,

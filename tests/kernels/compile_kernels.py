@@ -101,6 +101,7 @@ def key_pool(layout: KeyLayout) -> KeyPool:
 FLASH = RowLayout(64, 448, 64, "fp8")
 SEEDED = RowLayout(64, 64, 64, "fp8")
 KEY = KeyLayout(64, 128, "fp8")
+MXFP4_KEY = KeyLayout(64, 128, "mxfp4")
 
 
 def run_gather_blocks(block_bytes: int) -> None:
@@ -113,18 +114,18 @@ def run_gather_rows(layout: RowLayout) -> None:
     gather_rows.gather_rows(row_pool(layout), arena, slots=i64(5), plane_offsets=i64(5), entries=i64(5))
 
 
-def run_memory_indexer(heads: int, layers: int, dtype: torch.dtype) -> None:
+def run_memory_indexer(heads: int, layers: int, dtype: torch.dtype, layout: KeyLayout = KEY) -> None:
     queries, weights = torch.zeros(2, layers, heads, 128, dtype=dtype), torch.zeros(2, layers, heads)
     keys = torch.zeros(1 << 16, dtype=torch.uint8)
     memory_indexer.memory_indexer(
-        queries, weights, keys, layout=KEY, plane_offsets=i64(2, 5, layers), threshold=0.5
+        queries, weights, keys, layout=layout, plane_offsets=i64(2, 5, layers), threshold=0.5
     )
 
 
-def run_native_indexer(heads: int, dims: int) -> None:
-    pool = key_pool(KeyLayout(64, dims, "fp8"))
+def run_native_indexer(heads: int, layout: KeyLayout) -> None:
+    pool = key_pool(layout)
     native_indexer.native_indexer(
-        torch.zeros(2, heads, dims),
+        torch.zeros(2, heads, layout.dims),
         torch.zeros(2, heads),
         pool,
         block_table=torch.zeros(2, 5, dtype=torch.int32),
@@ -164,8 +165,28 @@ VARIANTS: dict[str, Variant] = {
     "memory_indexer": (memory_indexer, "score_entries", lambda: run_memory_indexer(128, 3, F32)),
     "memory_indexer-bf16": (memory_indexer, "score_entries", lambda: run_memory_indexer(64, 3, BF16)),
     "memory_indexer-ones": (memory_indexer, "score_entries", lambda: run_memory_indexer(1, 1, F32)),
-    "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, 128)),
-    "native_indexer-ones": (native_indexer, "score_resident", lambda: run_native_indexer(1, 64)),
+    "memory_indexer-mxfp4": (
+        memory_indexer,
+        "score_entries",
+        lambda: run_memory_indexer(128, 3, F32, MXFP4_KEY),
+    ),
+    "memory_indexer-mxfp4-bf16": (
+        memory_indexer,
+        "score_entries",
+        lambda: run_memory_indexer(64, 3, BF16, MXFP4_KEY),
+    ),
+    "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, KEY)),
+    "native_indexer-ones": (
+        native_indexer,
+        "score_resident",
+        lambda: run_native_indexer(1, KeyLayout(64, 64, "fp8")),
+    ),
+    "native_indexer-mxfp4": (native_indexer, "score_resident", lambda: run_native_indexer(64, MXFP4_KEY)),
+    "native_indexer-mxfp4-narrow": (
+        native_indexer,
+        "score_resident",
+        lambda: run_native_indexer(1, KeyLayout(64, 32, "mxfp4")),
+    ),
     "select_topk": (select_topk, "select_row", lambda: run_select_topk(262_144, 512)),
     "select_topk-ones": (select_topk, "select_row", lambda: run_select_topk(1, 1)),
     "sparse_decode": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
@@ -191,6 +212,11 @@ VARIANTS: dict[str, Variant] = {
         compress_quantize,
         "close_entry",
         lambda: run_compress_quantize(key_pool(KEY), 8),
+    ),
+    "compress_quantize-mxfp4-key": (
+        compress_quantize,
+        "close_entry",
+        lambda: run_compress_quantize(key_pool(MXFP4_KEY), 8),
     ),
 }
 

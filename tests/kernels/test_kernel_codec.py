@@ -6,22 +6,25 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import (
+    decode_e8m0,
     encode_bf16,
     encode_e4m3,
     load_bf16,
     load_e4m3,
     load_f32,
+    load_mxfp4,
     power_of_2,
     scale_exponent,
 )
 from forepage_kernels.compress_quantize.kernel import hadamard as hadamard_tile
-from forepage_kernels.compress_quantize.kernel import store_key, store_row
+from forepage_kernels.compress_quantize.kernel import store_key, store_mxfp4_key, store_row
 from forepage_kernels.jit import jit, next_power_of_2
 from forepage_kernels.layout import (
     KeyLayout,
     KeyPool,
     RowLayout,
     RowPool,
+    decode_keys,
     encode_keys,
     encode_rows,
     hadamard,
@@ -204,3 +207,83 @@ def test_biased_exponents_give_exact_powers(device: torch.device) -> None:
     out = torch.zeros(128, device=device)
     powers[(1,)](exponent.to(device), out, TILE=128)
     assert torch.equal(out.cpu(), 2.0 ** (exponent - 127).float())
+
+
+@jit
+def store_all_mxfp4(x: tl.tensor, pool: tl.tensor, ENTRIES: tl.constexpr, DIMS: tl.constexpr) -> None:
+    """Row i of x f32 [n, DIMS] -> entry i of the one plane at `pool`."""
+    row = tl.program_id(0).to(tl.int64)
+    store_mxfp4_key(tl.load(x + row * DIMS + tl.arange(0, DIMS)), pool, row, ENTRIES, DIMS)
+
+
+@jit
+def load_all_mxfp4(
+    pool: tl.tensor, out: tl.tensor, sound: tl.tensor, N: tl.constexpr, DIMS: tl.constexpr
+) -> None:
+    """The plane of N keys at `pool`, the last one masked -> f32 [N, DIMS], and [N] NaN where a scale is."""
+    key = tl.arange(0, N)
+    scales = pool + N * (DIMS // 2) + key * (DIMS // 32)
+    value, is_sound = load_mxfp4(pool + key * (DIMS // 2), scales, key < N - 1, N, DIMS)
+    tl.store(out + key[:, None] * DIMS + tl.arange(0, DIMS)[None, :], value)
+    tl.store(sound + key, is_sound)
+
+
+@jit
+def all_e8m0(out: tl.tensor) -> None:
+    """Every UE8M0 code -> f32 [256]."""
+    code = tl.arange(0, 256)
+    tl.store(out + code, decode_e8m0(code))
+
+
+def e2m1_hard_values() -> Tensor:
+    """f32 [64, 32]: every e2m1 value, tie and their neighbours, both signs; scaled by 1 and by extremes."""
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = torch.cat((codes, (codes[1:] + codes[:-1]) / 2))
+    up, down = torch.nextafter(x, x + 1), torch.nextafter(x, x - 1)
+    x = torch.cat((x, up[up < 6], down[down >= 0]))
+    x = torch.cat((x, -x))
+    x = torch.cat((x, torch.zeros(-x.shape[0] % 31))).view(-1, 31)
+    x = torch.cat((torch.full((x.shape[0], 1), 6.0), x), dim=1)  # the scale's owner
+    x = torch.cat((x, x * 2.0**-126, x * 2.0**100, torch.zeros(1, 32), x * 1e-30))
+    return x[torch.arange(64) % x.shape[0]]
+
+
+def test_stored_mxfp4_bytes_equal_the_layouts(device: torch.device, generator: torch.Generator) -> None:
+    not_finite = rough(64, 128, generator)
+    not_finite[::3, 70] = torch.tensor([float("nan"), float("inf"), float("-inf")]).repeat(8)[:22]
+    inputs = [rough(64, 64, generator), rough(64, 128, generator), e2m1_hard_values(), not_finite]
+    for x in inputs:
+        layout = KeyLayout(64, x.shape[1], "mxfp4")
+        want = KeyPool(torch.full((1, layout.plane_bytes), 0xFF, dtype=torch.uint8), 0, layout)
+        got = torch.full_like(want.bytes, 0xFF).to(device)
+        store_rows(want, torch.arange(64), x)
+        store_all_mxfp4[(64,)](x.to(device), got, ENTRIES=64, DIMS=x.shape[1])
+        assert torch.equal(got.cpu(), want.bytes)
+
+
+def test_loaded_mxfp4_keys_equal_torchs_on_every_code(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    layout = KeyLayout(64, 128, "mxfp4")
+    pool = torch.randint(0, 256, (layout.plane_bytes,), dtype=torch.uint8, generator=generator)
+    pool[:256] = torch.arange(256)
+    values, scales = pool[: 64 * 64].view(64, 64), pool[64 * 64 :].view(64, 4)
+    scales.clamp_(max=252)  # above, 6 * scale overflows
+    scales[5], scales[6, 3] = 255, 255
+    scales[63] = 255  # of the masked key: not read
+    out, sound = torch.zeros(64, 128, device=device), torch.zeros(64, device=device)
+    load_all_mxfp4[(1,)](pool.to(device), out, sound, N=64, DIMS=128)
+    want = decode_keys(values, scales, layout)
+    want[-1] = 0.0
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=0, equal_nan=True)
+    broken = scales.eq(255).any(1)
+    broken[-1] = False
+    assert torch.equal(sound.cpu().isnan(), broken)
+    assert sound.cpu()[~broken].eq(1).all()
+
+
+def test_e8m0_codes_decode_as_torchs(device: torch.device) -> None:
+    out = torch.zeros(256, device=device)
+    all_e8m0[(1,)](out)
+    want = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).float()
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=0, equal_nan=True)

@@ -24,6 +24,7 @@ from forepage_kernels.layout import (
     load_rows,
     store_rows,
 )
+from forepage_kernels.mxfp4 import simulate_mxfp4
 
 
 def e4m3_value(code: int) -> Fraction:
@@ -76,6 +77,8 @@ SIZE_CASES = [
     SizeCase("fp32-row", RowLayout(64, 448, 64, "fp32"), 2048, 0),
     SizeCase("key", KeyLayout(64, 128, "fp8"), 128, 4),
     SizeCase("narrow-key", KeyLayout(64, 64, "fp8"), 64, 4),
+    SizeCase("mxfp4-key", KeyLayout(64, 128, "mxfp4"), 64, 4),
+    SizeCase("narrow-mxfp4-key", KeyLayout(64, 32, "mxfp4"), 16, 1),
     SizeCase("fp32-key", KeyLayout(64, 128, "fp32"), 512, 0),
 ]
 
@@ -109,6 +112,88 @@ def test_key_bytes_match_a_hand_encoded_key() -> None:
     expected[0], expected[5] = 0x7E, 0xB8
     assert bytes(values[0].tolist()) == bytes(expected)
     assert bytes(scales[0].tolist()) == struct.pack("<f", 2**-7)
+
+
+def test_mxfp4_bytes_match_a_hand_encoded_key() -> None:
+    x = torch.zeros(1, 64)
+    x[0, 0], x[0, 1], x[0, 2] = 6.0, -0.5, 2.5  # scale 1: codes 7, 9 and, tied between 4 and 5, 4
+    x[0, 31] = -0.25  # tied between 0 and 1: the even one, with its sign
+    x[0, 32], x[0, 33] = 0.375, -0.1875  # 0.375 = 6 / 16: scale 2^-4, codes 7 and 13
+    values, scales = encode_keys(x, KeyLayout(1, 64, "mxfp4"))
+    expected = bytearray(32)
+    expected[0], expected[1], expected[15], expected[16] = 0x97, 0x04, 0x80, 0xD7
+    assert bytes(values[0].tolist()) == bytes(expected)
+    assert scales[0].tolist() == [127, 123]
+
+
+E2M1 = [Fraction(half, 2) for half in (0, 1, 2, 3, 4, 6, 8, 12)]
+
+
+def nearest_e2m1(x: Fraction) -> int:
+    """Code nearest to |x|, ties to the even code."""
+    return min(range(8), key=lambda code: (abs(E2M1[code] - abs(x)), code % 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=8, max_size=8), st.integers(-20, 3))
+def test_mxfp4_codes_are_the_nearest_e2m1(small: list[float], shift: int) -> None:
+    x = torch.tensor([small + [0.0] * 24], dtype=torch.float32) * 2.0**shift
+    values, scales = encode_keys(x, KeyLayout(1, 32, "mxfp4"))
+    exponent = int(scales[0, 0]) - 127
+    amax = Fraction(float(x.abs().max()))
+    assert amax <= 6 * Fraction(2) ** exponent
+    assert amax > 3 * Fraction(2) ** exponent or exponent == -126
+    for pair, byte in enumerate(values[0].tolist()):
+        for code, value in ((byte & 15, x[0, 2 * pair]), (byte >> 4, x[0, 2 * pair + 1])):
+            assert code & 7 == nearest_e2m1(Fraction(float(value)) / Fraction(2) ** exponent)
+            assert (code > 7) == bool(value.signbit())
+
+
+@pytest.mark.parametrize("exponent", [-126, -30, 0, 20, 125])
+def test_mxfp4_scale_steps_exactly_past_6_times_a_power_of_two(exponent: int) -> None:
+    x = torch.zeros(3, 32)
+    x[:, 7] = torch.tensor(6.0) * 2.0**exponent
+    x[1] *= -1
+    x[2, 7] = torch.nextafter(x[2, 7], torch.tensor(math.inf))
+    _, scales = encode_keys(x, KeyLayout(1, 32, "mxfp4"))
+    assert scales[:, 0].tolist() == [exponent + 127, exponent + 127, exponent + 128]
+
+
+def test_every_mxfp4_code_and_scale_decodes_to_its_value() -> None:
+    layout = KeyLayout(1, 32, "mxfp4")
+    codes = torch.arange(16, dtype=torch.uint8).view(8, 2)
+    values = (codes[:, 0] | codes[:, 1] << 4).repeat(255, 2)  # [255, 16]
+    decoded = decode_keys(values, torch.arange(255, dtype=torch.uint8).unsqueeze(1), layout)
+    for scale, row in enumerate(decoded.double()):
+        wanted = [
+            (-1 if code > 7 else 1) * float(E2M1[code & 7]) * 2.0 ** (scale - 127) for code in range(16)
+        ]
+        wanted = [math.copysign(min(abs(value), math.inf), value) for value in wanted]
+        assert row.tolist() == torch.tensor(wanted * 2).double().tolist(), scale
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_mxfp4_group_that_is_not_finite_decodes_to_nan(bad: float) -> None:
+    layout = KeyLayout(1, 64, "mxfp4")
+    x = torch.ones(1, 64)
+    x[0, 40] = bad
+    values, scales = encode_keys(x, layout)
+    assert scales[0].tolist() == [125, 255]
+    assert not values[0, 16:].any()
+    decoded = decode_keys(values, scales, layout)
+    assert decoded[0, :32].eq(1).all()
+    assert decoded[0, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (63, 128), (2, 3, 64)], ids=str)
+def test_mxfp4_simulation_is_encoding_and_decoding(
+    shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    x = torch.randn(shape, generator=generator) * 7
+    layout = KeyLayout(1, shape[-1], "mxfp4")
+    rounded = simulate_mxfp4(x)
+    assert torch.equal(rounded, decode_keys(*encode_keys(x.view(-1, shape[-1]), layout), layout).view(shape))
+    assert torch.equal(simulate_mxfp4(rounded), rounded)
 
 
 BOUNDARIES = [448.0 * 2.0**e for e in (-30, -22, -21, -8, -1, 0, 1, 20)]
@@ -188,6 +273,8 @@ POOLS: list[tuple[type[RowPool] | type[KeyPool], RowLayout | KeyLayout]] = [
     (RowPool, RowLayout(3, 64, 64, "fp8")),
     (RowPool, RowLayout(3, 64, 64, "fp32")),
     (KeyPool, KeyLayout(2, 64, "fp8")),
+    (KeyPool, KeyLayout(2, 64, "mxfp4")),
+    (KeyPool, KeyLayout(3, 32, "mxfp4")),
     (KeyPool, KeyLayout(2, 64, "fp32")),
 ]
 
@@ -216,7 +303,8 @@ def test_stored_rows_lie_where_the_plane_formula_says(
     assert torch.equal(loaded[0, 1], torch.zeros(layout.dims))
     assert torch.equal(loaded[1], torch.zeros(3, layout.dims))
     assert not loaded.isnan().any()
-    torch.testing.assert_close(loaded[0, 0], x[0], rtol=2**-4, atol=2**-8)
+    rtol, atol = (0.25, 0.5) if layout.format == "mxfp4" else (2**-4, 2**-8)
+    torch.testing.assert_close(loaded[0, 0], x[0], rtol=rtol, atol=atol)
 
 
 def test_load_of_no_slots_is_empty_even_from_an_empty_pool() -> None:
@@ -253,6 +341,10 @@ def test_impossible_layouts_are_refused() -> None:
         RowLayout(0, 64, 64, "fp8")
     with pytest.raises(ShapeError):
         KeyLayout(64, 96, "fp8")
+    with pytest.raises(ShapeError):
+        KeyLayout(64, 96, "mxfp4")
+    with pytest.raises(ShapeError):
+        KeyLayout(64, 16, "mxfp4")
     with pytest.raises(ShapeError):
         hadamard(torch.zeros(3))
 

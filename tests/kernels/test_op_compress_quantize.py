@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forepage_kernels.compress_quantize import compress_quantize, kernel, reference
-from forepage_kernels.layout import Format, KeyLayout, KeyPool, RowLayout, RowPool, load_rows
+from forepage_kernels.layout import Format, KeyFormat, KeyLayout, KeyPool, RowLayout, RowPool, load_rows
 
 EPS = 1e-6
 CODE_FLIPS = 1e-3
@@ -33,6 +33,7 @@ class Case:
 
 FLASH = RowLayout(64, 448, 64, "fp8")
 KEY = KeyLayout(64, 128, "fp8")
+MXFP4_KEY = KeyLayout(64, 128, "mxfp4")
 CASES = [
     Case("window-row", RowLayout(128, 64, 64, "fp8"), 1, 1, 64),
     Case("c4-row", FLASH, 3, 8, 64, absent=True),
@@ -40,10 +41,13 @@ CASES = [
     Case("c128-row", RowLayout(2, 64, 64, "fp8"), 3, 128, 64),
     Case("odd-tokens-no-rope", RowLayout(3, 96, 32, "fp8"), 5, 63, 0),
     Case("narrow-key", KeyLayout(5, 64, "fp8"), 9, 7, 32),
+    Case("c4-mxfp4-key", MXFP4_KEY, 3, 8, 64, absent=True),
+    Case("narrow-mxfp4-key", KeyLayout(5, 64, "mxfp4"), 9, 7, 32),
     Case("three-hundred-dims", RowLayout(4, 256, 44, "fp8"), 2, 3, 44),
     Case("no-rows", FLASH, 0, 8, 64),
     Case("prefill-c4-rows", FLASH, 1024, 8, 64, absent=True, gpu=True),
     Case("prefill-c4-keys", KEY, 1024, 8, 64, absent=True, gpu=True),
+    Case("prefill-c4-mxfp4-keys", MXFP4_KEY, 1024, 8, 64, absent=True, gpu=True),
     Case("prefill-c128-rows", RowLayout(2, 448, 64, "fp8"), 129, 128, 64, gpu=True),
     Case("window-rows", RowLayout(128, 448, 64, "fp8"), 63, 1, 64, gpu=True),
 ]
@@ -125,29 +129,37 @@ def entry_by_hand(call: Call, row: int, *, rope_dims: int, rotated: bool) -> lis
 
 
 HAND = [case for case in CASES if not case.gpu]
+STEPS: dict[KeyFormat, tuple[float, float]] = {
+    "fp32": (2e-5, 2e-5 / 32),
+    "fp8": (2**-4, 2**-9),  # half a step of 3 mantissa bits; of the smallest codes
+    "mxfp4": (2**-2, 2**-4),  # half a step of 1 mantissa bit; half of 0.5 where the largest is above 3
+}
+"""Relative error, and error as a share of the entry's largest value."""
 
 
-@pytest.mark.parametrize("data_format", ["fp32", "fp8"])
+def in_format(layout: RowLayout | KeyLayout, data_format: Format | KeyFormat) -> RowLayout | KeyLayout:
+    """The same dims in another format; rows know no mxfp4 and stay fp8."""
+    if isinstance(layout, KeyLayout):
+        return KeyLayout(layout.entries, layout.dims, data_format)
+    row_format: Format = "fp32" if data_format == "fp32" else "fp8"
+    return RowLayout(layout.entries, layout.nope_dims, layout.rope_dims, row_format)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["fp32", "quantised"])
 @pytest.mark.parametrize("case", HAND, ids=lambda case: case.id)
-def test_reference_equals_the_definition(case: Case, data_format: Format, generator: torch.Generator) -> None:
+def test_reference_equals_the_definition(case: Case, plain: bool, generator: torch.Generator) -> None:
     call = make(case, generator)
-    layout = case.layout
-    stored = (
-        RowLayout(layout.entries, layout.nope_dims, layout.rope_dims, data_format)
-        if isinstance(layout, RowLayout)
-        else KeyLayout(layout.entries, layout.dims, data_format)
-    )
-    stored_case = Case(case.id, stored, case.rows, case.tokens, case.rope_dims)
-    pool = pool_for(stored_case)
+    stored = in_format(case.layout, "fp32") if plain else case.layout
+    pool = pool_for(Case(case.id, stored, case.rows, case.tokens, case.rope_dims))
     store(compress_quantize, call, pool, case.rope_dims)
-    rotated = isinstance(layout, KeyLayout) and data_format == "fp8"
+    rotated = isinstance(stored, KeyLayout) and not plain
     for row, slot in enumerate(call.slots.tolist()):
         if slot < 0:
             continue
         got = load_rows(pool, torch.tensor(slot))
         want = torch.tensor(entry_by_hand(call, row, rope_dims=case.rope_dims, rotated=rotated))
-        step = 2**-4 if data_format == "fp8" else 2e-5  # half a step of 3 mantissa bits
-        torch.testing.assert_close(got, want, rtol=step * 1.001, atol=want.abs().max().item() * step / 32)
+        rtol, share = STEPS[stored.format]
+        torch.testing.assert_close(got, want, rtol=rtol * 1.001, atol=want.abs().max().item() * share)
     untouched = torch.ones(pool.num_slots, dtype=torch.bool)
     untouched[call.slots[call.slots >= 0]] = False
     for view in (pool.values, pool.scales):
@@ -163,6 +175,10 @@ def ordered(codes: Tensor) -> Tensor:
 
 def code_distance(got: Tensor, want: Tensor, layout: RowLayout | KeyLayout) -> Tensor:
     """Steps between stored values u8 [n, value_bytes], code by code."""
+    if layout.format == "mxfp4":
+        sides = (torch.stack((side & 15, side >> 4), dim=2).flatten(1).int() for side in (got, want))
+        e2m1_got, e2m1_want = (torch.where(code > 7, 8 - code, code) for code in sides)
+        return (e2m1_got - e2m1_want).abs()
     split = layout.nope_dims if isinstance(layout, RowLayout) else layout.dims
     codes = (ordered(got[:, :split]) - ordered(want[:, :split])).abs()
     rope_got, rope_want = (side[:, split:].contiguous().view(torch.int16) for side in (got, want))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forepage_kernels.layout import Format, KeyLayout, KeyPool, load_rows, store_rows
+from forepage_kernels.layout import KeyFormat, KeyLayout, KeyPool, load_rows, store_rows
 from forepage_kernels.memory_indexer import kernel, memory_indexer, reference
 
 Check = Callable[[Tensor, Tensor], None]
@@ -63,7 +63,7 @@ class Call:
     pool: KeyPool
 
 
-def make(case: Case, generator: torch.Generator, key_format: Format = "fp8") -> Call:
+def make(case: Case, generator: torch.Generator, key_format: KeyFormat = "fp8") -> Call:
     """Planes of one layer and block lie scattered between NaN bytes; absent ones were never written."""
     rand = partial(torch.randn, generator=generator)
     layout = KeyLayout(case.entries, case.dims, key_format)
@@ -111,10 +111,10 @@ def loop(case: Case, call: Call) -> Tensor:
     return want
 
 
-@pytest.mark.parametrize("key_format", ["fp8", "fp32"])
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4", "fp32"])
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda case: case.id)
 def test_reference_equals_a_loop_over_entries(
-    case: Case, key_format: Format, generator: torch.Generator, assert_close: Check
+    case: Case, key_format: KeyFormat, generator: torch.Generator, assert_close: Check
 ) -> None:
     call = make(case, generator, key_format)
     assert_close(score(memory_indexer, call), loop(case, call))
@@ -139,18 +139,20 @@ def test_kernel_gates_out_a_score_equal_to_the_threshold(device: torch.device) -
     assert torch.equal(score(kernel.memory_indexer, below, device).cpu(), torch.full((1, 4), 0.5))
 
 
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4"])
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.gpu] * case.gpu) for case in CASES]
 )
 def test_kernel_equals_the_reference(
     case: Case,
+    key_format: KeyFormat,
     device: torch.device,
     generator: torch.Generator,
     assert_close: Check,
     nan_outputs: NanOutputs,
     register_arena: Callable[[Tensor], Tensor],
 ) -> None:
-    call = make(case, generator)
+    call = make(case, generator, key_format)
     register_arena(call.pool.bytes)
     with nan_outputs():
         got = score(memory_indexer if device.type == "cuda" else kernel.memory_indexer, call, device).cpu()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forepage_kernels.layout import Format, KeyLayout, KeyPool, load_rows, store_rows
+from forepage_kernels.layout import KeyFormat, KeyLayout, KeyPool, load_rows, store_rows
 from forepage_kernels.native_indexer import kernel, native_indexer, reference
 
 Check = Callable[[Tensor, Tensor], None]
@@ -66,7 +66,7 @@ class Call:
         )
 
 
-def make(case: Case, generator: torch.Generator, key_format: Format = "fp8") -> Call:
+def make(case: Case, generator: torch.Generator, key_format: KeyFormat = "fp8") -> Call:
     """Resident blocks lie shuffled in a pool whose every other byte, invisible entries too, is NaN."""
     rand = partial(torch.randn, generator=generator)
     layout = KeyLayout(case.entries, case.dims, key_format)
@@ -91,10 +91,10 @@ def score(op: Callable[..., Tensor], call: Call) -> Tensor:
     return op(call.q, call.weights, call.pool, block_table=call.block_table, visible=call.visible)
 
 
-@pytest.mark.parametrize("key_format", ["fp8", "fp32"])
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4", "fp32"])
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda case: case.id)
 def test_reference_equals_a_loop_over_entries(
-    case: Case, key_format: Format, generator: torch.Generator, assert_close: Check
+    case: Case, key_format: KeyFormat, generator: torch.Generator, assert_close: Check
 ) -> None:
     call = make(case, generator, key_format)
     want = torch.full((case.batch, case.blocks * case.entries), float("-inf"))
@@ -113,17 +113,19 @@ def test_reference_equals_a_loop_over_entries(
     assert_close(score(native_indexer, call), want)
 
 
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4"])
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.id, marks=[pytest.mark.gpu] * case.gpu) for case in CASES]
 )
 def test_kernel_equals_the_reference(
     case: Case,
+    key_format: KeyFormat,
     device: torch.device,
     generator: torch.Generator,
     assert_close: Check,
     nan_outputs: NanOutputs,
 ) -> None:
-    call = make(case, generator)
+    call = make(case, generator, key_format)
     with nan_outputs():
         got = score(native_indexer if device.type == "cuda" else kernel.native_indexer, call.to(device))
     want = score(reference.native_indexer, call)
@@ -137,3 +139,14 @@ def test_block_id_past_the_pool_counts_as_absent_on_the_kernel(
     call = make(CASES[1], generator)
     call.block_table[1] = torch.tensor([2**31 - 1, -(2**31)], dtype=torch.int32)
     assert score(kernel.native_indexer, call.to(device)).isneginf().all()
+
+
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4"])
+def test_keys_that_are_not_numbers_score_nan_on_both(
+    key_format: KeyFormat, device: torch.device, generator: torch.Generator
+) -> None:
+    call = make(Case("three-blocks", 1, 5, 64, 64, 3, 1.0, (192,)), generator, key_format)
+    call.pool.bytes[call.block_table[0, 1].long()] = 0xFF
+    for got in (score(reference.native_indexer, call), score(kernel.native_indexer, call.to(device)).cpu()):
+        assert got.isnan().view(3, 64).all(1).tolist() == [False, True, False]
+        assert got.isfinite().view(3, 64).all(1).tolist() == [True, False, True]

@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from forepage.coldpool.lease_table import LeaseTable
-from forepage.coldpool.records import (
-    ArenaId,
-    RecordInfo,
-    RecordKind,
-    SlotHeader,
-    SlotRef,
-    SlotState,
-)
+from forepage.coldpool.records import RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
 from forepage.coldpool.shm_names import HolderId
 from forepage.errors import CapacityError, RequestError
+from forepage.kv.ids import ArenaId
 
 NUM_SLOTS = 6
 KEYS = [bytes([number]) * 32 for number in range(3)]

@@ -2,69 +2,109 @@
 
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from forepage.errors import RequestError
 from forepage.kv.evidence import RecallEstimate, merge_audit
-from forepage.kv.ids import BlockIdx
+from forepage_kernels.select_topk import select_topk
 
-SCORES = st.floats(-30, 30, width=32)
-RESIDENT = st.lists(SCORES, max_size=40)
-ABSENT = st.lists(st.tuples(st.integers(0, 9).map(BlockIdx), SCORES), max_size=40)
-TOPK = st.integers(1, 50)
+Scored = list[tuple[int, float]]
+"""Entries with their scores."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The scores of one layer at one step, and which blocks were resident."""
+
+    resident: Scored
+    absent: Scored
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    """Few distinct scores (both zeros among them) or any: ties are common. Order and gaps are arbitrary."""
+    scores = st.sampled_from([0.0, -0.0, 1.5, -2.0]) | st.floats(-30, 30, width=32)
+    by_entry = draw(
+        st.dictionaries(st.integers(0, 639), scores, max_size=80, min_size=draw(st.integers(0, 20)))
+    )
+    resident_blocks = draw(st.sets(st.integers(0, 9)))
+    pairs = draw(st.permutations(list(by_entry.items())))
+    return Step(
+        resident=[pair for pair in pairs if pair[0] // 64 in resident_blocks],
+        absent=[pair for pair in pairs if pair[0] // 64 not in resident_blocks],
+    )
+
+
+STEPS = steps()
+TOPK = st.integers(1, 8) | st.integers(1, 100)
+
+
+def model_top(pairs: Scored, topk: int) -> Scored:
+    """What the model selects: falling score, equal ones from the lower entry."""
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:topk]
 
 
 @settings(deadline=None)
-@given(RESIDENT, ABSENT, TOPK)
-def test_merge_equals_a_dense_ranking(
-    resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
-) -> None:
-    verdict = merge_audit(resident, absent, topk=topk)
-    scores = np.array([*(score for _, score in absent), *resident], dtype=np.float64)
-    is_absent = np.arange(len(scores)) < len(absent)
-    top = np.lexsort((~is_absent, -scores))[:topk]  # falling score, absent first
-    probabilities = np.exp(scores[top] - scores.max()) if len(top) else np.zeros(0)
-    probabilities = probabilities / probabilities.sum() if len(top) else probabilities
-    assert verdict.missed_mass == pytest.approx(probabilities[is_absent[top]].sum(), abs=1e-9)
-    assert verdict.recall_at_k == (np.mean(~is_absent[top]) if len(top) else 1.0)
+@given(STEPS, TOPK)
+def test_merge_equals_a_dense_ranking(step: Step, topk: int) -> None:
+    verdict = merge_audit(step.resident, step.absent, topk=topk)
+    top = model_top([*step.resident, *step.absent], topk)
+    is_absent = np.isin([entry for entry, _ in top], [entry for entry, _ in step.absent])
+    exps = np.exp(np.array([score for _, score in top], dtype=np.float64) - (top[0][1] if top else 0.0))
+    probabilities = exps / exps.sum() if top else exps
+    assert verdict.missed_mass == pytest.approx(probabilities[is_absent].sum(), abs=1e-9)
+    assert verdict.recall_at_k == (np.mean(~is_absent) if top else 1.0)
+    assert {block for block, _ in verdict.missing} == {
+        entry // 64 for (entry, _), gone in zip(top, is_absent, strict=True) if gone
+    }
     edge = np.abs(probabilities - 0.01) < 1e-9  # sums in another order may fall on either side
     evidence = probabilities >= 0.01
     assert abs(verdict.num_evidence - evidence.sum()) <= edge.sum()
-    assert abs(verdict.num_evidence_resident - (evidence & ~is_absent[top]).sum()) <= edge.sum()
+    assert abs(verdict.num_evidence_resident - (evidence & ~is_absent).sum()) <= edge.sum()
 
 
 @settings(deadline=None)
-@given(RESIDENT, ABSENT, TOPK, st.randoms(use_true_random=False))
-def test_order_and_padding_of_the_input_change_nothing(
-    resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int, rng: random.Random
-) -> None:
-    verdict = merge_audit(resident, absent, topk=topk)
-    shuffled, others = [*resident, -math.inf], [*absent, (BlockIdx(3), -math.inf)]
+@given(STEPS, TOPK)
+def test_merge_takes_what_the_models_own_top_k_takes(step: Step, topk: int) -> None:
+    """The kernel that selects in decode, over all entries in place, is the reference for ties."""
+    logits = torch.full((1, 640), -math.inf)
+    for entry, score in [*step.resident, *step.absent]:
+        logits[0, entry] = score
+    selected = {entry for entry in select_topk(logits, topk)[0].tolist() if entry >= 0}
+    num_resident = len(selected & {entry for entry, _ in step.resident})
+    verdict = merge_audit(step.resident, step.absent, topk=topk)
+    assert verdict.recall_at_k == (num_resident / len(selected) if selected else 1.0)
+    absent_blocks = {entry // 64 for entry in selected & {entry for entry, _ in step.absent}}
+    assert {block for block, _ in verdict.missing} == absent_blocks
+
+
+@settings(deadline=None)
+@given(STEPS, TOPK, st.randoms(use_true_random=False))
+def test_order_and_padding_of_the_input_change_nothing(step: Step, topk: int, rng: random.Random) -> None:
+    verdict = merge_audit(step.resident, step.absent, topk=topk)
+    shuffled, others = [*step.resident, (-1, -math.inf)], [*step.absent, (3, -math.inf)]
     rng.shuffle(shuffled)
     rng.shuffle(others)
     assert merge_audit(shuffled, others, topk=topk) == verdict
 
 
 @settings(deadline=None)
-@given(RESIDENT, ABSENT, TOPK)
-def test_each_side_may_be_cut_to_its_own_top(
-    resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
-) -> None:
-    best_resident = sorted(resident, reverse=True)[:topk]
-    best_absent = sorted(absent, key=lambda pair: (-pair[1], pair[0]))[:topk]
-    whole = merge_audit(resident, absent, topk=topk)
-    assert merge_audit(best_resident, best_absent, topk=topk) == whole
+@given(STEPS, TOPK)
+def test_each_side_may_be_cut_to_its_own_top(step: Step, topk: int) -> None:
+    whole = merge_audit(step.resident, step.absent, topk=topk)
+    assert merge_audit(model_top(step.resident, topk), model_top(step.absent, topk), topk=topk) == whole
 
 
 @settings(deadline=None)
-@given(RESIDENT, ABSENT, TOPK)
-def test_verdict_is_consistent(
-    resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
-) -> None:
-    verdict = merge_audit(resident, absent, topk=topk)
+@given(STEPS, TOPK)
+def test_verdict_is_consistent(step: Step, topk: int) -> None:
+    verdict = merge_audit(step.resident, step.absent, topk=topk)
     masses = [mass for _, mass in verdict.missing]
     assert 0 <= verdict.num_evidence_resident <= verdict.num_evidence <= min(topk, 100)
     assert 0 <= verdict.missed_mass <= 1
@@ -75,14 +115,15 @@ def test_verdict_is_consistent(
 
 
 @settings(deadline=None)
-@given(RESIDENT, ABSENT, TOPK)
-def test_a_tie_never_hides_a_miss(
-    resident: list[float], absent: list[tuple[BlockIdx, float]], topk: int
-) -> None:
-    """Whoever wins the ties in truth, no more was missed than we report."""
-    favoured = [np.nextafter(score, math.inf) for score in resident]  # residents win every tie
-    reported = merge_audit(resident, absent, topk=topk)
-    assert merge_audit(favoured, absent, topk=topk).recall_at_k >= reported.recall_at_k
+@given(STEPS, TOPK, st.data())
+def test_an_entry_named_twice_is_refused(step: Step, topk: int, data: st.DataObject) -> None:
+    known = [*step.resident, *step.absent]
+    assume(known)
+    again = (data.draw(st.sampled_from(known))[0], 1.0)
+    with pytest.raises(RequestError, match="named twice"):
+        merge_audit([*step.resident, again], step.absent, topk=topk)
+    with pytest.raises(RequestError, match="named twice"):
+        merge_audit(step.resident, [*step.absent, again], topk=topk)
 
 
 @settings(deadline=None)

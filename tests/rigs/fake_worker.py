@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+import tokenizers
 
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.worker_pb2_grpc import DecodeWorkerServicer, add_DecodeWorkerServicer_to_server
+from forepage.settings import BUNDLED_MODEL
+from forepage.text.tokenizer import TOKENIZER_FILE
 
 MODEL = "forepage-test"
 ANSWER = "The answer is 42 🙂."
@@ -27,6 +30,40 @@ def started(request: pb.GenerateRequest, cached: int = 0) -> pb.GenerateEvent:
 def tokens(ids: bytes | list[int]) -> pb.GenerateEvent:
     """Tokens; bytes are their own ids."""
     return pb.GenerateEvent(tokens=pb.Tokens(token_ids=list(ids)))
+
+
+def answer_ids(text: str) -> list[int]:
+    """Ids of an answer in which control tokens are spelled."""
+    encoder = tokenizers.Tokenizer.from_file(str(BUNDLED_MODEL / TOKENIZER_FILE))
+    ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def saying(text: str, *, reason: str = "STOP", width: int = 3) -> "Script":
+    """A worker that answers `text`, in which control tokens are spelled, `width` tokens an event."""
+    ids = answer_ids(text)
+
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield started(request)
+        for start in range(0, len(ids), width):
+            yield tokens(ids[start : start + width])
+        yield finished(request, len(ids), reason=reason)
+
+    return script
+
+
+def scored(request: pb.GenerateRequest, ids: list[int]) -> pb.GenerateEvent:
+    """Tokens with log-probabilities as asked: -0.5 for each, -1, -2 … for tokens 65, 66 …"""
+    asked = request.sampling
+    chosen = [pb.TokenLogprob(token_id=token, logprob=-0.5) for token in ids]
+    top = [pb.TokenLogprob(token_id=65 + rank, logprob=-1.0 - rank) for rank in range(asked.num_logprobs)]
+    return pb.GenerateEvent(
+        tokens=pb.Tokens(
+            token_ids=ids,
+            chosen=chosen if asked.logprobs else [],
+            top=top * len(ids) if asked.logprobs else [],
+        )
+    )
 
 
 def finished(

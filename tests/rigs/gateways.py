@@ -1,6 +1,7 @@
 """Gateways over fake workers: an app without a port, or the whole process on a free one."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,3 +78,12 @@ class ServedGateway:
 def chat(content: str = "Hi", **fields: Any) -> dict[str, Any]:
     """A chat body."""
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+
+
+def events_of(reply: httpx.Response) -> list[Any]:
+    """Decoded `data:` lines of a stream; anything else but blank lines and comments fails."""
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in reply.text.split("\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    datas = [line.removeprefix("data: ") for line in lines]
+    return [data if data == "[DONE]" else json.loads(data) for data in datas]

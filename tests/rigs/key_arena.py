@@ -9,8 +9,9 @@ import numpy.typing as npt
 import torch
 
 from forepage.coldpool.arena import Arena
-from forepage.coldpool.records import ArenaId, RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
+from forepage.coldpool.records import RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
 from forepage.kv.geometry import BLOCK_ENTRIES, KvFormat, KvGeometry
+from forepage.kv.ids import ArenaId
 from forepage.model.spec import ModelSpec
 from forepage.settings import BUNDLED_MODEL
 from forepage_kernels.layout import KeyLayout, decode_keys, encode_keys

@@ -16,9 +16,9 @@ from opentelemetry.trace import Span
 from torch import Tensor
 
 from forepage.coldpool.client import PublishedRecord, SlotRef
-from forepage.coldpool.records import ArenaId
 from forepage.errors import CapacityError, DependencyError, ForepageError
 from forepage.kv.geometry import KvGeometry
+from forepage.kv.ids import ArenaId
 from forepage.kv.prefix_hash import PrefixHasher
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory
 from forepage.settings import BUNDLED_MODEL, GatewaySettings, Settings
 from forepage.telemetry import open_telemetry
 from forepage.text.tokenizer import Tokenizer
+from forepage.text.wording import Wording
 from rigs.fake_worker import FakeWorker, StartWorker
 from rigs.gateways import DEADLINE_S, OpenedGateway, OpenGateway, ServedGateway, ServeGateway
 
@@ -37,10 +39,10 @@ async def start_worker() -> AsyncIterator[StartWorker]:
 
 @pytest.fixture
 async def open_gateway() -> AsyncIterator[OpenGateway]:
-    """Open an app over workers; settings by name."""
+    """Open an app over workers; settings by name, `folder` for another tokenizer."""
     async with AsyncExitStack() as stack:
 
-        async def open_it(*workers: FakeWorker, **fields: Any) -> OpenedGateway:
+        async def open_it(*workers: FakeWorker, folder: Path = BUNDLED_MODEL, **fields: Any) -> OpenedGateway:
             settings = GatewaySettings(worker_addresses=tuple(w.address for w in workers), **fields)
             exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
             telemetry = open_telemetry(
@@ -56,7 +58,8 @@ async def open_gateway() -> AsyncIterator[OpenGateway]:
             admission = Admission(settings.max_concurrent_requests)
             app = create_app(
                 settings,
-                tokenizer=Tokenizer.load(BUNDLED_MODEL),
+                tokenizer=Tokenizer.load(folder),
+                wording=Wording.load(folder),
                 directory=directory,
                 admission=admission,
                 telemetry=telemetry,

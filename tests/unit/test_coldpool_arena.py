@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from forepage.coldpool.arena import Arena, ArenaView, arena_path
-from forepage.coldpool.records import ArenaId, RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
+from forepage.coldpool.records import RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
 from forepage.errors import CapacityError, DependencyError, IntegrityError
+from forepage.kv.ids import ArenaId
 
 SLOT_BYTES, NUM_SLOTS = 8192, 4
 RECORD = RecordInfo(b"k" * 32, RecordKind.BLOCK, 0, 1, 100, 7)

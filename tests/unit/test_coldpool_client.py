@@ -2,9 +2,10 @@
 
 import asyncio
 import hashlib
+import random
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from opentelemetry.trace import SpanKind
 from forepage.coldpool import attachment
 from forepage.coldpool import client as client_module
 from forepage.coldpool.call_gate import CallGate
-from forepage.coldpool.client import ColdPoolClient, PublishedRecord, Reattached, RecordKind, SlotRef
+from forepage.coldpool.client import ColdPoolClient, PublishedRecord, RecordKind, SlotRef
 from forepage.coldpool.records import payload_checksum
 from forepage.coldpool.server import read_geometry, serve
 from forepage.errors import CapacityError, DependencyError, ModelFormatError, RequestError
+from forepage.kv.ids import ArenaId
 from forepage.rpc import coldpool_pb2 as pb
-from forepage.rpc.edge import is_serving
 from forepage.settings import ColdpoolSettings, ModelSettings, Settings
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 
@@ -51,57 +52,32 @@ class Host:
     def address(self) -> str:
         return f"unix:{self.folder}/s"
 
-    def settings(self, **coldpool: Any) -> Settings:
-        coldpool = {"capacity_bytes": NUM_SLOTS * SLOT_BYTES, "probe_interval_s": 0.02, **coldpool}
-        return Settings(
-            instance="t",
-            coldpool=ColdpoolSettings(listen=self.address, shm_dir=self.folder, **coldpool),
-        )
-
     @asynccontextmanager
-    async def manager(self, **coldpool: Any) -> AsyncIterator["Manager"]:
+    async def manager(self, **coldpool: Any) -> AsyncIterator[None]:
+        coldpool = {"capacity_bytes": NUM_SLOTS * SLOT_BYTES, "probe_interval_s": 0.02, **coldpool}
+        section = ColdpoolSettings(listen=self.address, shm_dir=self.folder, **coldpool)
         stop = asyncio.Event()
-        manager = Manager(stop, asyncio.create_task(serve(self.settings(**coldpool), stop, self.telemetry)))
+        serving = asyncio.create_task(serve(Settings(instance="t", coldpool=section), stop, self.telemetry))
         try:
-            yield manager
+            yield
         finally:
             stop.set()
-            await asyncio.gather(manager.serving, return_exceptions=manager.serving.cancelled())
+            await serving
 
     @asynccontextmanager
-    async def holder(
-        self, name: str = "w0", *, on_reattach: Callable[[Reattached], None] | None = None
-    ) -> AsyncIterator[ColdPoolClient]:
+    async def holder(self, name: str = "w0") -> AsyncIterator[ColdPoolClient]:
         client = ColdPoolClient(
             self.address,
             holder_id=name,
             slot_bytes=SLOT_BYTES,
             model_fingerprint="m",
             telemetry=self.telemetry,
-            on_reattach=on_reattach,
         )
         try:
             await client.attach()
             yield client
         finally:
             await client.close()
-
-    @asynccontextmanager
-    async def holder_of_two_managers(
-        self, on_reattach: Callable[[Reattached], None] | None
-    ) -> AsyncIterator[tuple[ColdPoolClient, Callable[[], Awaitable[None]]]]:
-        """A holder, and a way to replace its manager by a clean restart, which makes a new arena."""
-        async with AsyncExitStack() as managers:
-            first = await managers.enter_async_context(self.manager())
-
-            async def replace() -> None:
-                first.stop.set()
-                await first.serving
-                await managers.enter_async_context(self.manager())
-                await until(lambda: is_serving(self.address, timeout_s=1.0))
-
-            async with self.holder(on_reattach=on_reattach) as client:
-                yield client, replace
 
     def counted(self, metric: str) -> dict[str, float]:
         """A metric's points by their first attribute."""
@@ -115,19 +91,6 @@ class Host:
             if its.name == metric
             for point in its.data.data_points
         }
-
-
-@dataclass
-class Manager:
-    """A cold pool manager in this process."""
-
-    stop: asyncio.Event
-    serving: asyncio.Task[None]
-
-    async def crash(self) -> None:
-        """End without any of the clean-up: as far as others see, a kill."""
-        self.serving.cancel()
-        await asyncio.wait([self.serving])
 
 
 @pytest.fixture
@@ -150,12 +113,6 @@ def write(client: ColdPoolClient, ref: SlotRef, name: str) -> PublishedRecord:
 async def store(client: ColdPoolClient, *names: str) -> list[SlotRef]:
     refs = await client.reserve(len(names))
     return await client.publish([write(client, ref, name) for ref, name in zip(refs, names, strict=True)])
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
-        while not await condition():
-            await asyncio.sleep(0.01)
 
 
 async def test_prefix_written_by_one_holder_is_leased_by_another(host: Host) -> None:
@@ -232,8 +189,8 @@ async def test_where_the_arena_is_can_be_asked_without_a_name(host: Host) -> Non
 
 async def test_name_in_use_is_refused(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attachment, "_LOCK_TRIES", 2)
-    monkeypatch.setattr(client_module, "ATTACH_TIMEOUT_S", 0.0)
     async with host.manager(), host.holder("w0"):
+        monkeypatch.setattr(client_module, "ATTACH_TIMEOUT_S", 0.0)
         with pytest.raises(DependencyError, match="locked by another process"):
             async with host.holder("w0"):
                 pass
@@ -317,124 +274,49 @@ async def test_lost_reply_leaves_nothing_behind(
         assert (await client.stat()).leased == 0
 
 
-async def test_calls_fail_at_once_while_the_manager_is_down(host: Host) -> None:
-    clock = asyncio.get_running_loop().time
-    async with host.manager() as manager, host.holder() as client:
-        (ref,) = await store(client, "a")
-        await manager.crash()
-        for call in (client.reserve(1), client.lease_prefix([key_of("a")], [b""]), client.stat()):
-            started = clock()
-            with pytest.raises(DependencyError):
-                await call
-            assert clock() - started < 2.0
-        assert client.view.matches(ref), "what is leased stays readable"
-        assert client.num_leases == 1
+async def test_lease_given_back_twice_is_counted_and_takes_nothing(host: Host) -> None:
+    async with host.manager(), host.holder("a") as ann, host.holder("b") as bob:
+        (ref,) = await store(ann, "x")
+        assert await store(bob, "x") == [ref]
+        assert await ann.release([ref]) == 0
+        assert await ann.release([ref, SlotRef(ArenaId(5), 1)]) == 2
+        assert (await bob.stat()).leased == 1
+        assert host.counted("forepage.fallbacks") == {"coldpool_stale_ref": 2}
 
 
-async def test_restarted_manager_gets_the_account_of_its_holders(host: Host) -> None:
-    lost: list[Reattached] = []
-    async with host.manager() as manager, host.holder("b") as bob:
-        async with host.holder("a", on_reattach=lost.append) as ann:
-            refs = await store(ann, "x", "y")
-            (empty,) = await ann.reserve(1)
-            await manager.crash()
-            assert await ann.release(refs[1:]) == 0, "told with the next announcement"
-            assert ann.num_leases == 2
-            async with host.manager():
-                (mine,) = await bob.reserve(1)
-                stat = await bob.stat()
-                assert (stat.leased, stat.cached, stat.writing) == (0, 2, 2), "ann has not announced yet"
-                with pytest.raises(CapacityError):
-                    await bob.reserve(NUM_SLOTS - 3)
-                assert await ann.publish([write(ann, empty, "z")]) == [empty]
-                stat = await bob.stat()
-                assert (stat.leased, stat.cached, stat.writing) == (2, 1, 1)
-                assert all(bob.view.matches(ref) for ref in [*refs, empty])
-                assert bytes(bob.view.payload(refs[0].arena_id)[:7]) == b"xxxxxxx"
-                assert await bob.release([mine]) == 0
-                await ann.release([refs[0], empty])
-                assert ann.num_leases == 0
-                assert (await bob.stat()).leased == 0
-    assert lost == [], "nothing was lost"
+@pytest.mark.parametrize("seed", range(2))
+async def test_soak_of_cancelled_calls_returns_to_the_baseline(host: Host, seed: int) -> None:
+    """Peers leaked a block a request for want of such a test: hundreds of calls, many cut off midway."""
+    rng = random.Random(seed)
+    num_leased = 0
+    tiers = {"tiers": ("disk",), "disk_dir": host.folder / "disk", "disk_bytes": 40 << 10}
 
+    async def work(client: ColdPoolClient) -> None:
+        nonlocal num_leased
+        name, resume = f"b{rng.randrange(5)}", f"r{rng.randrange(5)}"
+        refs: list[SlotRef] = []
+        try:
+            async with asyncio.timeout(rng.choice([0.001, 0.003, 0.01, 5])):
+                refs += await store(client, name, resume)
+                lease = await client.lease_prefix([key_of(name)], [key_of(resume)])
+                refs += [*lease.blocks, *lease.resume_parts]
+                num_leased += lease.num_blocks
+                for ref in lease.blocks:
+                    assert bytes(client.view.payload(ref.arena_id)[:14]) == name.encode() * 7
+        except (CapacityError, TimeoutError):
+            await client.attach()  # only a call cut off in `store` leaves slots that nobody names
+        await client.release(refs)
 
-async def test_idle_holder_announces_by_watching(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "WATCH_INTERVAL_S", 0.02)
-    async with host.manager() as manager, host.holder("a") as ann, host.holder("b") as bob:
-        await store(ann, "x")
-        watching = asyncio.create_task(ann.watch())
-        await manager.crash()
-        async with host.manager():
-            await bob.attach()
-
-            async def is_announced() -> bool:
-                return (await bob.stat()).leased == 1
-
-            await until(is_announced)
-            watching.cancel()
-
-
-async def test_new_arena_is_mapped_and_earlier_leases_are_reported(host: Host) -> None:
-    reports: list[Reattached] = []
-    async with host.holder_of_two_managers(reports.append) as (client, replace):
-        refs = await store(client, "a", "b")
-        old = client.view
-        await replace()
-        (new,) = await store(client, "a")
-        assert client.view.uuid != old.uuid
-        (report,) = reports
-        assert sorted(report.void, key=lambda ref: ref.arena_id) == refs
-        assert report.new_arena is client.view
-        assert bytes(old.payload(refs[0].arena_id)[:7]) == b"aaaaaaa", "the old mapping stays readable"
-        assert client.view.matches(new)
-        assert not any(client.view.matches(ref) for ref in refs)
-        assert client.num_leases == 1
-
-
-async def test_publishing_slots_of_a_lost_arena_fails(host: Host) -> None:
-    async with host.holder_of_two_managers(lambda _: None) as (client, replace):
-        (ref,) = await client.reserve(1)
-        record = write(client, ref, "a")
-        await replace()
-        with pytest.raises(DependencyError, match="lost"):
-            await client.publish([record])
-
-
-async def test_holder_that_can_not_change_over_is_told_to_restart(host: Host) -> None:
-    async with host.holder_of_two_managers(None) as (client, replace):
-        await store(client, "a")
-        before = client.view.uuid
-        await replace()
-        for _ in range(2):
-            with pytest.raises(DependencyError, match="restart"):
-                await client.reserve(1)
-        assert client.view.uuid == before, "its mapping is never swapped under its feet"
-
-
-async def test_failed_start_leaves_nothing_behind(host: Host) -> None:
-    settings = host.settings(tiers=("disk",))
-    with pytest.raises(DependencyError, match="FOREPAGE_COLDPOOL__DISK_DIR"):
-        await serve(settings, asyncio.Event(), host.telemetry)
-    with pytest.raises(CapacityError, match="FOREPAGE_COLDPOOL__CAPACITY_BYTES"):
-        await serve(
-            host.settings(capacity_bytes=1 << 16 if SLOT_BYTES > 1 << 16 else 1 << 50),
-            asyncio.Event(),
-            host.telemetry,
-        )
-    assert list(host.folder.iterdir()) == []
-
-
-async def test_second_manager_of_an_instance_is_refused(host: Host) -> None:
-    async with host.manager(), host.holder() as client:
-        with pytest.raises(DependencyError, match="another cold pool manager"):
-            await serve(host.settings(), asyncio.Event(), host.telemetry)
-        await client.reserve(1)
-
-
-async def test_clean_shutdown_leaves_nothing_behind(host: Host) -> None:
-    async with host.manager(), host.holder() as client:
-        await store(client, "a")
-    assert list(host.folder.iterdir()) == []
+    async with host.manager(verify="always", **tiers), host.holder("a") as ann, host.holder("b") as bob:
+        for _ in range(30):
+            await asyncio.gather(*(work(client) for client in (ann, bob, ann, bob)))
+            for client in (ann, bob):
+                await client.release(list(client._bond.leases.elements()))
+                assert client.num_leases == 0
+        stat = await ann.stat()
+        assert (stat.leased, stat.writing, stat.damaged) == (0, 0, 0)
+        assert stat.free + stat.cached == stat.total == NUM_SLOTS
+        assert num_leased > 10
 
 
 async def test_gate_lets_calls_together_and_one_alone() -> None:

@@ -18,6 +18,20 @@ JSON = {"content-type": "application/json"}
 SECRET = "s3cret-prompt"
 
 
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def calling(*ids: str, arguments: str = "{}") -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": call_id, "type": "function", "function": function} for call_id in ids or ("a",)]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": "x"}
+
+
 def error_of(reply: httpx.Response) -> dict[str, str | None]:
     body = reply.json()
     assert list(body) == ["error"]
@@ -43,17 +57,61 @@ def error_of(reply: httpx.Response) -> dict[str, str | None]:
             "messages[0].content[0].type",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
-        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}, USER]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x"}, USER]}, "messages[0].role"),
         ({"messages": [{"role": SECRET, "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}, USER]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}, USER]}, "messages[0].tool_calls[0].id"),
         ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages[1].role"),
         ({"model": None}, "model"),
         ({"model": ""}, "model"),
-        ({"tools": [{}]}, "tools"),
+        ({"tools": {}}, "tools"),
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [tool('a"b')]}, "tools[0].function.name"),
+        ({"tools": [tool("f"), tool("f")]}, "tools[1].function.name"),
+        ({"tools": [tool("f", parameters="{}")]}, "tools[0].function.parameters"),
+        ({"tools": [tool("f", description="\ud800")]}, "tools[0].function"),
+        ({"tools": [tool("f")], "tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [tool("f")], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+        ),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"reasoning_effort": "hard"}, "reasoning_effort"),
+        ({"reasoning_effort": "max"}, "reasoning_effort"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"thinking": False}}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"thinking": True}}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"thinking": "yes"}}, "chat_template_kwargs.thinking"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ({"messages": [{**USER, "task": "query"}]}, "messages[0].task"),
+        ({"messages": [{**USER, "task": "sing"}]}, "messages[0].task"),
+        ({"messages": [USER, calling(), USER]}, "messages[1].tool_calls"),
+        ({"messages": [USER, calling()]}, "messages[1].tool_calls"),
+        ({"messages": [USER, calling("a", "a")]}, "messages[1].tool_calls"),
+        ({"messages": [USER, calling(), result("b")]}, "messages[2].tool_call_id"),
+        ({"messages": [USER, calling(), result("a"), result("a")]}, "messages[3].tool_call_id"),
+        ({"messages": [USER, calling("a", "b"), result("a"), USER]}, "messages[1].tool_calls"),
+        ({"messages": [{**USER, "tool_calls": calling()["tool_calls"]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [calling(arguments="[]"), result("a")]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [calling(arguments='{"a"'), result("a")]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [calling(arguments='{"a": "\\ud800"}'), result("a")]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"functions": [{}]}, "functions"),
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -109,7 +167,9 @@ async def test_wrong_chat_field_is_named(
         ({"prompt": [1, -1]}, "prompt[1]"),
         ({"prompt": [1, 2, 320]}, "prompt[2]"),
         ({"prompt": [1, "a"]}, "prompt[1]"),
-        ({"prompt": "a", "logprobs": 0}, "logprobs"),
+        ({"prompt": "a", "logprobs": -1}, "logprobs"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
         ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),

@@ -6,10 +6,31 @@ import openai
 import pytest
 
 from forepage.rpc import worker_pb2 as pb
-from rigs.fake_worker import ANSWER, MODEL, StartWorker, answer
+from rigs.fake_worker import ANSWER, MODEL, StartWorker, answer, finished, saying, scored, started
 from rigs.gateways import ServeGateway
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
+
+
+TOOL: openai.types.chat.ChatCompletionFunctionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CALLS = (
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'  # noqa: RUF001
+    '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'  # noqa: RUF001
+    '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'  # noqa: RUF001
+    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"  # noqa: RUF001
+)
 
 
 def client_of(url: str) -> openai.AsyncOpenAI:
@@ -52,6 +73,67 @@ async def test_streams(start_worker: StartWorker, serve_gateway: ServeGateway) -
             async for piece in await client.completions.create(model=MODEL, prompt="x", stream=True)
         ]
         assert "".join(pieces) == ANSWER
+
+
+async def test_tools_and_reasoning(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    gateway = await serve_gateway(await start_worker(script=saying(f"Hm.</think>Wait.{CALLS}", width=2)))
+    async with client_of(gateway.url) as client:
+        whole = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, tools=[TOOL], reasoning_effort="high"
+        )
+        message = whole.choices[0].message
+        assert message.model_extra == {"reasoning_content": "Hm."}
+        assert message.tool_calls is not None
+        (call,) = message.tool_calls
+        assert call.type == "function"
+        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Paris", "days": 3}')
+        async with client.chat.completions.stream(
+            model=MODEL, messages=MESSAGES, tools=[TOOL], reasoning_effort="high"
+        ) as stream:
+            streamed = await stream.get_final_completion()
+        final = streamed.choices[0]
+        assert final.finish_reason == "tool_calls"
+        assert final.message.content == "Wait."
+        assert final.message.tool_calls is not None
+        assert final.message.tool_calls[0].function.parsed_arguments == {"city": "Paris", "days": 3}
+        follow_up: list[openai.types.chat.ChatCompletionMessageParam] = [
+            *MESSAGES,
+            {
+                "role": "assistant",
+                "content": message.content,
+                "tool_calls": [
+                    {
+                        "id": call.id,
+                        "type": "function",
+                        "function": {"name": call.function.name, "arguments": call.function.arguments},
+                    }
+                ],
+            },
+            {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+        ]
+        again = await client.chat.completions.create(model=MODEL, messages=follow_up, tools=[TOOL])
+        assert again.choices[0].finish_reason == "tool_calls"
+
+
+async def test_choices_and_logprobs(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield started(request)
+        yield scored(request, [65, 66])
+        yield finished(request, 2)
+
+    gateway = await serve_gateway(await start_worker(script=script))
+    async with client_of(gateway.url) as client:
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, n=2, logprobs=True, top_logprobs=1
+        )
+        for choice in chat.choices:
+            assert choice.logprobs is not None
+            assert choice.logprobs.content is not None
+            assert [entry.token for entry in choice.logprobs.content] == ["A", "B"]
+            assert choice.logprobs.content[1].top_logprobs[0].logprob == -1.0
+        text = await client.completions.create(model=MODEL, prompt="x", logprobs=1)
+        assert text.choices[0].logprobs is not None
+        assert text.choices[0].logprobs.tokens == ["A", "B"]
 
 
 async def test_errors_are_the_clients_own_types(

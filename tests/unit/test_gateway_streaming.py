@@ -1,25 +1,13 @@
 """Event streams: OpenAI's chunks in order, usage when asked, errors as the last event."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from typing import Any
 
-import httpx
 import pytest
 
 from forepage.rpc import worker_pb2 as pb
 from rigs.fake_worker import ANSWER, MODEL, StartWorker, answer, endless, finished, started, tokens
-from rigs.gateways import OpenGateway, chat, until
-
-
-def events_of(reply: httpx.Response) -> list[Any]:
-    """Decoded `data:` lines; anything else but blank lines and comments fails."""
-    assert reply.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in reply.text.split("\n") if line and not line.startswith(":")]
-    assert all(line.startswith("data: ") for line in lines)
-    datas = [line.removeprefix("data: ") for line in lines]
-    return [data if data == "[DONE]" else json.loads(data) for data in datas]
+from rigs.gateways import OpenGateway, chat, events_of, until
 
 
 async def test_chat_stream_is_role_text_reason_done(

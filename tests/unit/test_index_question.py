@@ -32,6 +32,10 @@ def floats(count: int, **places: float) -> bytes:
     return values.tobytes()
 
 
+def entries(*values: int) -> bytes:
+    return np.array(values, dtype="<u4").tobytes()
+
+
 def request(**fields: Any) -> pb.LookaheadRequest:
     good: dict[str, Any] = {
         "stamp": pb.Stamp(sequence_id="s", incarnation=2, interval=3),
@@ -60,6 +64,7 @@ def audit(**fields: Any) -> pb.Audit:
         "weights": floats(2),
         "resident": bytes([0b1010_0101, 0b0000_0010]),
         "resident_scores": floats(5),
+        "resident_entries": entries(0, 140, 746, 63, 383),  # blocks 0, 2, 11 (after the bitmap's), 0 and 5
         "topk": 32,
     }
     return pb.Audit(**{**good, **fields})
@@ -76,7 +81,7 @@ def test_request_becomes_checked_values() -> None:
     asked = question.audits[0]
     assert asked.absent_blocks == (1, 3, 4, 6, 8, 10)  # bits count from the lowest of byte 0
     assert asked.query.shape == (2, 4)
-    assert asked.resident_scores == (0.0, 1.0, 2.0, 3.0, 4.0)
+    assert asked.resident == ((0, 0.0), (140, 1.0), (746, 2.0), (63, 3.0), (383, 4.0))
 
 
 def test_threshold_of_the_request_wins() -> None:
@@ -85,9 +90,25 @@ def test_threshold_of_the_request_wins() -> None:
     assert question.prediction.threshold == 0.0
 
 
-def test_padding_of_resident_scores_is_dropped() -> None:
-    padded = audit(resident_scores=floats(4, _1=-np.inf, _3=-np.inf))
-    assert parse_request(request(audits=[padded]), LIMITS).audits[0].resident_scores == (0.0, 2.0)
+def test_padding_is_dropped_with_its_entry_whatever_that_is() -> None:
+    padded = audit(
+        resident_scores=floats(4, _1=-np.inf, _3=-np.inf),
+        resident_entries=entries(5, 2**32 - 1, 9, 2**32 - 1),
+    )
+    assert parse_request(request(audits=[padded]), LIMITS).audits[0].resident == ((5, 0.0), (9, 2.0))
+
+
+def test_entries_of_the_newest_blocks_are_fine_up_to_the_last_visible() -> None:
+    """Position 2990 sees entries 0..746; the bitmap ends with block 10, entry 703."""
+    last = audit(resident_scores=floats(2), resident_entries=entries(704, 746))
+    assert parse_request(request(audits=[last]), LIMITS).audits[0].resident == ((704, 0.0), (746, 1.0))
+
+
+def test_audit_in_which_nothing_is_resident_is_fine() -> None:
+    none = audit(resident=bytes(2), resident_scores=b"", resident_entries=b"")
+    asked = parse_request(request(audits=[none]), LIMITS).audits[0]
+    assert asked.resident == ()
+    assert asked.absent_blocks == tuple(range(11))
 
 
 def test_sequence_without_finished_blocks_is_fine() -> None:
@@ -123,6 +144,7 @@ def test_sequence_without_finished_blocks_is_fine() -> None:
         (request(audits=[audit(resident_scores=bytes(5))]), "audits[0].resident_scores"),
         (request(audits=[audit(resident_scores=floats(2, _1=np.nan))]), "audits[0].resident_scores"),
         (request(audits=[audit(resident_scores=floats(2, _1=np.inf))]), "audits[0].resident_scores"),
+        (request(audits=[audit(resident_scores=floats(4))]), "audits[0].resident_entries"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -131,6 +153,25 @@ def test_malformed_request_is_refused_by_field(bad: pb.LookaheadRequest, param: 
         parse_request(bad, LIMITS)
     assert caught.value.param == param
     assert caught.value.message.startswith(f"{param}: ")
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (b"", "0 bytes, wanted 20 for 5 scores"),
+        (bytes(19), "19 bytes, wanted 20"),
+        (entries(0, 1, 2, 3, 747), "747 is not visible, 747 entries are"),
+        (entries(0, 1, 2, 3, 2**32 - 1), "4294967295 is not visible"),
+        (entries(0, 1, 2, 3, 64), "64 is in block 1, which is absent"),
+        (entries(0, 1, 2, 3, 703), "703 is in block 10, which is absent"),
+        (entries(0, 1, 2, 704, 704), "names an entry twice"),
+    ],
+)
+def test_malformed_entries_are_refused_with_the_reason(bad: bytes, why: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(request(audits=[audit(), audit(resident_entries=bad)]), LIMITS)
+    assert caught.value.param == "audits[1].resident_entries"
+    assert why in caught.value.message
 
 
 def test_deadline_counts_from_its_start() -> None:

@@ -1,7 +1,7 @@
 """Scores, plans and audits straight from an arena, against dense numpy computations."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,9 @@ def test_scoring_nothing_is_empty(tmp_path: Path) -> None:
 
 QUERY = torch.randn(SPEC.index_heads, SPEC.index_dims, generator=torch.Generator().manual_seed(17))
 WEIGHTS = torch.randn(SPEC.index_heads, generator=torch.Generator().manual_seed(18))
+CLOSING = QUERY[:1].repeat(SPEC.index_heads, 1)
+"""All heads ask the same, so the ReLU closes all or none: with negative weights half of the entries tie at
+a zero, and no score is above it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Scene:
     position: int
     layer: int
     topk: int
+    query: torch.Tensor = QUERY
+    weights: torch.Tensor = WEIGHTS
 
     @classmethod
     def make(cls, path: Path, *, kv_format: KvFormat = KvFormat.FP8, tokens: int, topk: int = 32) -> "Scene":
@@ -153,22 +158,31 @@ class Scene:
     def scores(self) -> F64:
         """Of every entry, -inf where not visible: [blocks, 64]."""
         logits = indexer_logits(
-            QUERY.double().numpy(), WEIGHTS.double().numpy(), self.made.keys[self.slots, self.layer]
+            self.query.double().numpy(),
+            self.weights.double().numpy(),
+            self.made.keys[self.slots, self.layer],
         )
         is_visible = np.arange(logits.size).reshape(logits.shape) < (self.position + 1) // 4
         masked: F64 = np.where(is_visible, logits, -np.inf)
         return masked
 
+    def true_top(self) -> list[int]:
+        """The entries that the model selects, by falling score, equal ones by entry."""
+        scores = self.scores().ravel().tolist()
+        visible = [entry for entry, score in enumerate(scores) if score > -np.inf]
+        return sorted(visible, key=lambda entry: (-scores[entry], entry))[: self.topk]
+
     def ask(self, check: Callable[[], None] = patient) -> AuditOutcome:
-        resident = np.delete(self.scores(), self.absent, axis=0).ravel()
-        best = np.sort(resident[resident > -np.inf])[::-1][: self.topk]
+        scores = self.scores()
+        scores[self.absent] = -np.inf
+        ranked = np.argsort(-scores.ravel(), kind="stable")[: min(self.topk, (scores > -np.inf).sum())]
         question = AuditQuestion(
             layer_idx=self.layer,
             position=self.position,
-            query=QUERY,
-            weights=WEIGHTS,
+            query=self.query,
+            weights=self.weights,
             absent_blocks=tuple(self.absent),
-            resident_scores=tuple(best.tolist()),
+            resident=tuple(zip(ranked.tolist(), scores.ravel()[ranked].tolist(), strict=True)),
             topk=self.topk,
         )
         return audit_layer(opened(self.made), self.refs, question, check)
@@ -180,8 +194,22 @@ class Scene:
 )
 def test_audit_equals_a_dense_ranking(tmp_path: Path, kv_format: KvFormat, tokens: int, topk: int) -> None:
     scene = Scene.make(tmp_path / "arena", kv_format=kv_format, tokens=tokens, topk=topk)
-    scores = scene.scores()
-    top = np.argsort(-scores.ravel(), kind="stable")[: min(topk, (scores > -np.inf).sum())]
+    check_against_a_dense_ranking(scene)
+
+
+@pytest.mark.parametrize(("tokens", "topk"), [(256 * 200, 64), (256 * 40, 600), (256 * 9 + 130, 2000)])
+def test_audit_resolves_ties_as_the_model_does(tmp_path: Path, tokens: int, topk: int) -> None:
+    made = Scene.make(tmp_path / "arena", tokens=tokens, topk=topk)
+    scene = replace(made, query=CLOSING, weights=-WEIGHTS.abs())
+    owners = np.array(scene.true_top()) // BLOCK_ENTRIES
+    assert (scene.scores().ravel()[scene.true_top()] == 0).sum() >= min(topk, 200), "ties"
+    assert 0.1 < np.isin(owners, scene.absent).mean() < 0.9, "on both sides"
+    check_against_a_dense_ranking(scene)
+
+
+def check_against_a_dense_ranking(scene: Scene) -> None:
+    """The audit of the scene says what a ranking of all entries says."""
+    scores, top = scene.scores(), np.array(scene.true_top(), dtype=np.int64)
     softmax = np.exp(scores.ravel()[top] - scores.max()) if len(top) else np.zeros(0)
     softmax /= softmax.sum() if len(top) else 1.0
     is_absent = np.isin(top // BLOCK_ENTRIES, scene.absent)

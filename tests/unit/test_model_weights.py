@@ -45,7 +45,7 @@ def test_seeded_weights_match_the_table_and_are_nowhere_zero() -> None:
     assert weights.keys() == table.keys()
     for name, entry in table.items():
         assert tuple(weights[name].shape) == entry.shape
-        assert weights[name].dtype == entry.role.dtype(torch.float32)
+        assert weights[name].dtype == (torch.int64 if entry.role is Role.EXPERT_IDS else torch.float32)
         if entry.role is not Role.EXPERT_IDS:
             assert (weights[name] != 0).float().mean() > 0.99, name
 
@@ -140,12 +140,17 @@ def test_bf16_checkpoint_is_upcast(tmp_path: Path) -> None:
     ("name", "tensor", "message"),
     [
         ("norm.weight", None, "norm.weight"),
-        ("model.norm.weight", torch.ones(128), "unexpected tensor model.norm.weight"),
+        ("model.norm.weight", torch.ones(128), "norm.weight is under two names"),
+        ("extra.weight", torch.ones(128), "unexpected tensor extra.weight"),
         ("mtp.0.norm.weight", torch.ones(128), "unexpected tensor mtp.0.norm.weight"),
         ("norm.weight", torch.ones(64), r"norm.weight has shape \(64,\)"),
         ("head.weight", torch.zeros(320, 128, dtype=torch.int64), "head.weight has dtype I64"),
-        ("head.weight", torch.zeros(320, 128, dtype=torch.float8_e4m3fn), "head.weight is F8_E4M3"),
-        ("layers.0.ffn.experts.0.w1.weight", torch.zeros(64, 64, dtype=torch.int8), "w1.weight is I8"),
+        ("head.weight", torch.zeros(320, 128, dtype=torch.float8_e4m3fn), "head.weight has dtype F8_E4M3"),
+        (
+            "layers.0.ffn.experts.0.w1.weight",
+            torch.zeros(64, 64, dtype=torch.int8),
+            "1 tensors are missing, first layers.0.ffn.experts.0.w1.scale",
+        ),
     ],
 )
 def test_wrong_tensor_is_named(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:

@@ -1,14 +1,22 @@
 """The evidence recall that is reported is the one brute force finds, over every key there is."""
 
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from forepage.index.question import QuestionLimits, parse_request
 from forepage.kv.evidence import merge_audit
 from forepage.kv.ids import BlockIdx
 from forepage.rpc import index_pb2
-from forepage.settings import ResidencyMode
+from forepage.settings import ResidencyMode, Settings
+from forepage.worker.assembly import ModelFolder
+from forepage.worker.questions import audit_messages
+from forepage.worker.sequence import Sequence, StepTap
 from forepage_kernels.layout import KeyLayout, KeyPool, load_rows
+from forepage_kernels.select_topk import select_topk
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 PROMPT = text_tokens(2_400)
@@ -32,13 +40,19 @@ def all_keys(rig: WorkerRig, running: Running, layer: int) -> np.ndarray:
     return np.concatenate(keys)[: sequence.num_processed // 4]
 
 
-def brute_force(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Verdict:
-    """Plain numpy: score everything, softmax over the top-k, count entries of at least 1 %."""
+def all_scores(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> np.ndarray:
+    """The native score of every visible entry, in float64."""
     keys = all_keys(rig, running, audit.layer_idx).astype(np.float64)
     query = np.frombuffer(audit.query, "<f4").reshape(-1, keys.shape[1]).astype(np.float64)
     weights = np.frombuffer(audit.weights, "<f4").astype(np.float64)
-    scores = weights @ np.maximum(query @ keys.T, 0.0)
-    top = np.argsort(-scores, kind="stable")[: audit.topk]
+    scores: np.ndarray = weights @ np.maximum(query @ keys.T, 0.0)
+    return scores
+
+
+def brute_force(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Verdict:
+    """Plain numpy: score everything, softmax over the top-k, count entries of at least 1 %."""
+    scores = all_scores(rig, running, audit)
+    top = np.argsort(-scores, kind="stable")[: audit.topk]  # of equal scores the lower entry
     masses = np.exp(scores[top] - scores[top].max())
     evidence = top[masses / masses.sum() >= 0.01]
     held = running.sequence.resident.key_id_by_block
@@ -46,14 +60,12 @@ def brute_force(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Ver
 
 
 def reported(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Verdict:
-    """What the worker's own parts say, given the absent blocks' scores."""
-    keys = all_keys(rig, running, audit.layer_idx)
-    query = np.frombuffer(audit.query, "<f4").reshape(-1, keys.shape[1])
-    weights = np.frombuffer(audit.weights, "<f4")
+    """What the worker's message merges to, given the absent entries' scores."""
     held = running.sequence.resident.key_id_by_block
-    resident = np.frombuffer(audit.resident_scores, "<f4").tolist()
-    scores = weights @ np.maximum(query @ keys.T, 0.0)
-    absent = [(BlockIdx(e // 64), float(scores[e])) for e in range(len(scores)) if e // 64 not in held]
+    entries = np.frombuffer(audit.resident_entries, "<u4").tolist()
+    resident = list(zip(entries, np.frombuffer(audit.resident_scores, "<f4").tolist(), strict=True))
+    scores = all_scores(rig, running, audit)
+    absent = [(e, float(scores[e])) for e in range(len(scores)) if e // 64 not in held]
     bitmap = np.unpackbits(np.frombuffer(audit.resident, np.uint8), bitorder="little")
     assert all(
         bool(bitmap[block]) is (block in held) for block in range(running.sequence.resident.pinned_from)
@@ -62,17 +74,32 @@ def reported(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Verdic
     return verdict.num_evidence, verdict.num_evidence_resident
 
 
+def audit_limits(rig: WorkerRig) -> QuestionLimits:
+    """What an index of this model accepts."""
+    folder = ModelFolder.read(Settings().model)
+    return QuestionLimits.of_model(folder.spec, rig.parts.geometry, num_target_layers=3, threshold=0.0)
+
+
+def is_tied(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> bool:
+    """Whether the last entry of the true top-k scores as the first one after it: entries decide."""
+    ranked = np.sort(all_scores(rig, running, audit))[::-1]
+    return bool(ranked[audit.topk - 1] == ranked[audit.topk])
+
+
 def test_what_the_worker_sends_merges_to_the_brute_force_recall() -> None:
     """Resident scores from the step itself, absent ones from the keys: together every evidence entry."""
-    compared = []
+    compared, tied = [], []
     with worker_rig(random_audits=4, audit_layers=3) as rig:
         requests: list[Running] = []
+        limits = audit_limits(rig)
 
         def answer(request: index_pb2.LookaheadRequest) -> index_pb2.LookaheadReply:
-            for audit in request.audits:
+            for audit, parsed in zip(request.audits, parse_request(request, limits).audits, strict=True):
                 wanted = brute_force(rig, requests[0], audit)
                 assert reported(rig, requests[0], audit) == wanted
+                assert len(parsed.resident) == audit.topk
                 compared.append(wanted)
+                tied.append(is_tied(rig, requests[0], audit))
             return plan_reply(request, [0, 2])
 
         rig.index.auto = answer
@@ -81,6 +108,7 @@ def test_what_the_worker_sends_merges_to_the_brute_force_recall() -> None:
     assert len(compared) >= 12
     assert any(resident < evidence for evidence, resident in compared), "something was missed"
     assert any(resident > 0 for _, resident in compared)
+    assert any(tied), "a tie at the last place"
 
 
 def test_the_workers_own_audit_reports_the_brute_force_recall() -> None:
@@ -88,17 +116,91 @@ def test_the_workers_own_audit_reports_the_brute_force_recall() -> None:
     with worker_rig(random_audits=4, audit_layers=3, on_index_down="tail") as rig:
         rig.index.is_up = False
         running = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=40)
-        asked: dict[int, list[Verdict]] = {}
+        found: list[list[Verdict]] = []
         auditing = rig.loop._auditing
-        take = auditing._take
+        audit_here = auditing.audit_here
 
-        def spy(sequence, position, verdicts):  # type: ignore[no-untyped-def]
-            asked[position] = [(v.num_evidence, v.num_evidence_resident) for v in verdicts]
-            take(sequence, position, verdicts)
+        def spy(sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
+            asked = audit_messages(sequence, tap, layers, num_blocks=num_blocks, topk=rig.parts.topk)
+            found.append([brute_force(rig, running, audit) for audit in asked])
+            audit_here(sequence, tap, layers, num_blocks)
 
-        auditing._take = spy  # type: ignore[method-assign]
+        auditing.audit_here = spy  # type: ignore[method-assign]
         rig.run(running)
-    recalls = [sum(r for _, r in v) / sum(e for e, _ in v) for v in asked.values() if sum(e for e, _ in v)]
-    assert running.report.audited_steps == len(asked)
+    recalls = [sum(r for _, r in step) / sum(e for e, _ in step) for step in found]
+    assert running.report.audited_steps == running.report.worker_audits == len(found) > 0
+    assert running.report.audits_partial == 0
     assert running.report.evidence_recall_mean == pytest.approx(sum(recalls) / len(recalls))
     assert running.report.evidence_recall_min == pytest.approx(min(recalls))
+    assert min(recalls) < 1, "something was missed"
+
+
+def closed(rig: WorkerRig, running: Running, tap: StepTap, layers: Seq[int], num_blocks: int) -> StepTap:
+    """The step as if all heads asked the same with negative weights: about half of all entries score 0."""
+    indexer = list(tap.indexer)
+    held = running.sequence.resident.key_id_by_block
+    for layer in layers:
+        one = tap.indexer[layer]
+        heads = one.query[tap.row : tap.row + 1, :1].expand(-1, one.query.shape[1], -1).contiguous()
+        asked = replace(one, query=heads, weights=-one.weights[tap.row : tap.row + 1].abs())
+        indexer[layer] = replace(asked, selected=torch.empty(1, 0), scores=torch.empty(1, 0))
+        lone = replace(tap, indexer=indexer, row=0)
+        (audit,) = audit_messages(running.sequence, lone, [layer], num_blocks=num_blocks, topk=rig.parts.topk)
+        scores = torch.from_numpy(all_scores(rig, running, audit)).float()
+        for block in range(-(-len(scores) // 64)):
+            if block not in held:
+                scores[block * 64 : block * 64 + 64] = -torch.inf
+        selected = select_topk(scores.unsqueeze(0), rig.parts.topk)
+        indexer[layer] = replace(asked, selected=selected, scores=scores[selected])
+    return replace(tap, indexer=indexer, row=0)
+
+
+def test_the_workers_own_audit_takes_the_lower_of_equal_entries() -> None:
+    """More absent entries tie for the top than fit: which of them count is decided by entry alone."""
+    compared = 0
+    with worker_rig(random_audits=4, audit_layers=3, on_index_down="tail") as rig:
+        rig.index.is_up = False
+        running = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=40)
+        auditing = rig.loop._auditing
+
+        def spy(sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
+            nonlocal compared
+            tied = closed(rig, running, tap, layers, num_blocks)
+            held = sequence.resident.key_id_by_block
+            absent = [idx for idx in range(num_blocks) if idx not in held]
+            for layer in layers:
+                (audit,) = audit_messages(sequence, tied, [layer], num_blocks=num_blocks, topk=rig.parts.topk)
+                assert is_tied(rig, running, audit)
+                top = np.argsort(-all_scores(rig, running, audit), kind="stable")[: audit.topk]
+                missing = {int(entry) // 64 for entry in top} - set(held)
+                verdict = auditing._score_absent(sequence, tied, layer, absent)
+                assert (verdict.num_evidence, verdict.num_evidence_resident) == brute_force(
+                    rig, running, audit
+                )
+                assert {block for block, _ in verdict.missing} == missing
+                compared += 1
+
+        auditing.audit_here = spy  # type: ignore[method-assign]
+        rig.run(running)
+    assert compared >= 12
+
+
+def test_the_workers_own_audit_of_damaged_keys_is_partial() -> None:
+    """Keys that are no numbers can't be ranked: the rest is, and the report says that some were not."""
+    with worker_rig(random_audits=4, audit_layers=3, on_index_down="tail") as rig:
+        rig.index.is_up = False
+        running = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=40)
+        audit_here = rig.loop._auditing.audit_here
+
+        def spy(sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
+            absent = next(idx for idx in range(num_blocks) if idx not in sequence.resident.key_id_by_block)
+            payload = rig.arena.payload(sequence.arena.ref_by_block[BlockIdx(absent)])
+            start = rig.parts.geometry.keys_offset
+            whole = payload[start : start + rig.parts.geometry.keys_bytes].clone()
+            payload[start : start + len(whole)] = 0xFF  # NaN
+            audit_here(sequence, tap, layers, num_blocks)
+            payload[start : start + len(whole)] = whole
+
+        rig.loop._auditing.audit_here = spy  # type: ignore[method-assign]
+        rig.run(running)
+    assert running.report.audits_partial == running.report.audited_layers > 0

@@ -25,7 +25,7 @@ def compress_quantize(
 
     Shapes: kv, gate f32 [n, W, d] (gate -inf = no token there; each channel has one finite gate),
     norm_weight f32 [d], cos, sin f32 [n, rope_dims / 2], slots i64 [n] (negative = skip, else distinct).
-    RoPE turns interleaved pairs of the trailing `rope_dims`; fp8 keys are Hadamard-rotated after it.
+    RoPE turns interleaved pairs of the trailing `rope_dims`; quantised keys are Hadamard-rotated after it.
     W = 1 is the sliding-window row. All fp32 until stored.
     Source: DeepSeek-V4 inference/model.py, Compressor.forward.
     """
@@ -39,7 +39,7 @@ def compress_quantize(
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, dtype=torch.float32, shape=[kv.shape[0], rope_dims // 2], device=device)
     check_tensor("slots", slots, dtype=torch.int64, shape=[kv.shape[0]], device=device)
-    if kv.is_cuda and pool.layout.format == "fp8":
+    if kv.is_cuda and pool.layout.format != "fp32":
         from forepage_kernels.compress_quantize.kernel import compress_quantize as launch
 
         store = launch

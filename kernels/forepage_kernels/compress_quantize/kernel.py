@@ -4,7 +4,15 @@
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.codec import encode_bf16, encode_e4m3, plane_base, power_of_2, scale_exponent
+from forepage_kernels.codec import (
+    encode_bf16,
+    encode_e2m1,
+    encode_e4m3,
+    mx_exponent,
+    plane_base,
+    power_of_2,
+    scale_exponent,
+)
 from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, KeyLayout, KeyPool, RowLayout, RowPool
 
@@ -23,7 +31,7 @@ def compress_quantize(
     rope_dims: int,
     eps: float,
 ) -> None:
-    """See the package; fp8 pools. A slot past the pool stores nothing."""
+    """See the package; quantised pools. A slot past the pool stores nothing."""
     num_entries, tokens, dims = kv.shape
     layout = pool.layout
     if num_entries == 0:
@@ -49,6 +57,7 @@ def compress_quantize(
             NOPE=layout.nope_dims if isinstance(layout, RowLayout) else dims,
             SCALE_BYTES=layout.scale_bytes,
             IS_KEY=isinstance(layout, KeyLayout),
+            MXFP4=layout.format == "mxfp4",
             TILE_W=min(MAX_TILE_TOKENS, next_power_of_2(tokens)),
             BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
         )
@@ -75,6 +84,7 @@ def close_entry(
     NOPE: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
     IS_KEY: tl.constexpr,
+    MXFP4: tl.constexpr,
     TILE_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -93,7 +103,10 @@ def close_entry(
         plane = pool + plane_base(slot, block_bytes, layer_offset, ENTRIES)
         if IS_KEY:
             entry = hadamard(entry, DIMS) * hadamard_scale
-            store_key(entry, plane, slot % ENTRIES, ENTRIES, DIMS)
+            if MXFP4:
+                store_mxfp4_key(entry, plane, slot % ENTRIES, ENTRIES, DIMS)
+            else:
+                store_key(entry, plane, slot % ENTRIES, ENTRIES, DIMS)
         else:
             store_row(entry, plane, slot % ENTRIES, ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D)
 
@@ -172,6 +185,25 @@ def store_key(
     tl.store(plane + place * DIMS + tl.arange(0, DIMS), encode_e4m3(x * power_of_2(254 - exponent)))
     scale = (plane + ENTRIES * DIMS + place * 4).to(tl.pointer_type(tl.float32), bitcast=True)
     tl.store(scale, power_of_2(exponent))
+
+
+@jit
+def store_mxfp4_key(
+    x: tl.tensor, plane: tl.tensor, place: tl.tensor, ENTRIES: tl.constexpr, DIMS: tl.constexpr
+) -> None:
+    """Quantise x [DIMS] in groups of 32 into entry `place` of a plane of keys, two codes a byte."""
+    groups: tl.constexpr = DIMS // 32
+    grouped = tl.reshape(x, [groups, 32])
+    # The largest magnitude by its bits: integers order as the floats do, with NaN above all.
+    exponent = mx_exponent(tl.max(grouped.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1))  # [groups]
+    finite = exponent < 255
+    inverse = tl.where(finite, power_of_2(254 - exponent), 1.0)
+    code = tl.where(finite[:, None], encode_e2m1(grouped * inverse[:, None]), 0)
+    low, high = tl.split(tl.reshape(code, [DIMS // 2, 2]))
+    value = plane + place * (DIMS // 2) + tl.arange(0, DIMS // 2)
+    tl.store(value, (low | (high << 4)).to(tl.uint8))
+    scale = plane + ENTRIES * (DIMS // 2) + place * groups + tl.arange(0, groups)
+    tl.store(scale, exponent.to(tl.uint8))
 
 
 @jit

@@ -25,7 +25,7 @@ def compress_quantize(
     pooled = (torch.softmax(gate, dim=1) * kv).sum(dim=1)  # [n, d]
     normed = pooled * torch.rsqrt(pooled.square().mean(dim=1, keepdim=True) + eps) * norm_weight
     entry = _rope(normed, cos, sin, rope_dims)
-    if isinstance(pool, KeyPool) and pool.layout.format == "fp8":
+    if isinstance(pool, KeyPool) and pool.layout.rotated:
         entry = hadamard(entry)
     store_rows(pool, slots[present], entry)
 

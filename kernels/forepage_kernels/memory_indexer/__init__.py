@@ -35,7 +35,7 @@ def memory_indexer(
     check_tensor(
         "plane_offsets", plane_offsets, dtype=torch.int64, shape=[batch, None, layers], device=device
     )
-    if queries.is_cuda and layout.format == "fp8":
+    if queries.is_cuda and layout.format != "fp32":
         from forepage_kernels.memory_indexer.kernel import memory_indexer as launch
 
         score = launch

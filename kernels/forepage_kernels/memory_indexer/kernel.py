@@ -19,7 +19,7 @@ def memory_indexer(
     plane_offsets: Tensor,
     threshold: float,
 ) -> Tensor:
-    """See the package; fp8 keys. A plane that leaves `keys` counts as absent."""
+    """See the package; fp8 or mxfp4 keys. A plane that leaves `keys` counts as absent."""
     batch, layers, heads, dims = queries.shape
     num_entries = plane_offsets.shape[1] * layout.entries
     scores = weights.new_empty(batch, num_entries)
@@ -39,8 +39,11 @@ def memory_indexer(
             threshold,
             ENTRIES=layout.entries,
             DIMS=dims,
+            VALUE_BYTES=layout.value_bytes,
+            SCALE_BYTES=layout.scale_bytes,
             TILE=TILE_ENTRIES,
             BLOCK_H=tile_heads(heads),
+            MXFP4=layout.format == "mxfp4",
             BF16=queries.is_cuda and queries.dtype == torch.bfloat16,
             num_stages=1,
         )
@@ -61,8 +64,11 @@ def score_entries(
     threshold: tl.tensor,
     ENTRIES: tl.constexpr,
     DIMS: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    MXFP4: tl.constexpr,
     BF16: tl.constexpr,
 ) -> None:
     """Shapes as in the package; `last_plane` is the largest offset at which a plane still fits."""
@@ -81,12 +87,14 @@ def score_entries(
             weights + (row * layers + layer) * heads,
             heads,
             keys,
-            tl.multiple_of(plane + (entry % ENTRIES) * DIMS, 8),
-            plane + ENTRIES * DIMS + (entry % ENTRIES) * 4,
+            tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
+            plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
             present,
+            TILE,
             DIMS,
             BLOCK_H,
             BF16,
+            MXFP4,
         )
         best = tl.maximum(best, tl.where(present, tl.sigmoid(logit), 0.0))
     tl.store(scores + row * num_entries + entry, tl.where(best > threshold, best, 0.0), mask=real)

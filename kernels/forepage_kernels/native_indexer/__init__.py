@@ -22,7 +22,7 @@ def native_indexer(
     check_tensor("weights", weights, dtype=torch.float32, shape=q.shape[:2], device=device)
     check_tensor("block_table", block_table, dtype=torch.int32, shape=[q.shape[0], None], device=device)
     check_tensor("visible", visible, dtype=torch.int64, shape=[q.shape[0]], device=device)
-    if q.is_cuda and pool.layout.format == "fp8":
+    if q.is_cuda and pool.layout.format != "fp32":
         from forepage_kernels.native_indexer.kernel import native_indexer as launch
 
         return launch(q, weights, pool, block_table=block_table, visible=visible)

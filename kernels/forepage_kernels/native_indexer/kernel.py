@@ -13,7 +13,7 @@ from forepage_kernels.layout import KeyPool
 def native_indexer(
     q: Tensor, weights: Tensor, pool: KeyPool, *, block_table: Tensor, visible: Tensor
 ) -> Tensor:
-    """See the package; fp8 keys. A block id past the pool counts as absent."""
+    """See the package; fp8 or mxfp4 keys. A block id past the pool counts as absent."""
     batch, heads, dims = q.shape
     entries = pool.layout.entries
     num_entries = block_table.shape[1] * entries
@@ -35,8 +35,11 @@ def native_indexer(
             pool.layer_offset,
             ENTRIES=entries,
             DIMS=dims,
+            VALUE_BYTES=pool.layout.value_bytes,
+            SCALE_BYTES=pool.layout.scale_bytes,
             TILE=TILE_ENTRIES,
             BLOCK_H=tile_heads(heads),
+            MXFP4=pool.layout.format == "mxfp4",
             num_stages=1,
         )
     return scores
@@ -57,8 +60,11 @@ def score_resident(
     layer_offset: tl.tensor,
     ENTRIES: tl.constexpr,
     DIMS: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    MXFP4: tl.constexpr,
 ) -> None:
     """Shapes as in the package."""
     row = tl.program_id(1).to(tl.int64)
@@ -73,12 +79,14 @@ def score_resident(
         weights + row * heads,
         heads,
         pool,
-        tl.multiple_of(plane + (entry % ENTRIES) * DIMS, 8),
-        plane + ENTRIES * DIMS + (entry % ENTRIES) * 4,
+        tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
+        plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
         present,
+        TILE,
         DIMS,
         BLOCK_H,
         False,
+        MXFP4,
     )
     score = tl.where(present, score, float("-inf"))
     tl.store(scores + row * num_entries + entry, score, mask=entry < num_entries)

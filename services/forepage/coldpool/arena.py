@@ -24,7 +24,6 @@ from forepage.coldpool.records import (
     HEADER_BYTES,
     LAYOUT_VERSION,
     TAG_BYTES,
-    ArenaId,
     SlotHeader,
     SlotRef,
     SlotState,
@@ -34,6 +33,7 @@ from forepage.coldpool.records import (
     payload_checksum,
 )
 from forepage.errors import CapacityError, DependencyError, IntegrityError
+from forepage.kv.ids import ArenaId
 
 MAGIC = b"FPARENA\0"
 SUPERBLOCK_BYTES = 4096

@@ -101,7 +101,8 @@ class ColdPoolClient:
         deadline = clock() + ATTACH_TIMEOUT_S
         while True:
             try:
-                return await self._bond.ensure()
+                async with self._bond.gate.alone():
+                    return await self._bond.renew()
             except DependencyError:
                 if clock() >= deadline:
                     raise

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from forepage.coldpool.records import ArenaId, RecordInfo, SlotHeader, SlotRef, SlotState
+from forepage.coldpool.records import RecordInfo, SlotHeader, SlotRef, SlotState
 from forepage.coldpool.shm_names import HolderId
 from forepage.coldpool.slot_table import Place, SlotCounts, SlotTable
 from forepage.errors import CapacityError, RequestError
+from forepage.kv.ids import ArenaId
 
 UNKNOWN_HOLDER = "holder_id"
 """`param` of the error that tells a client to attach again."""
@@ -112,6 +113,7 @@ class LeaseTable:
 
     def check_publishable(self, holder: HolderId, ref: SlotRef, key: bytes) -> None:
         """Raises: RequestError unless the holder is writing this slot or published this key there."""
+        self.check_holder(holder)
         slot = self._slots.slot_of(ref)
         if slot is None or not self.is_leased_by(holder, ref):
             raise RequestError(f"slot {ref.arena_id} is not held by {holder!r} at that generation", "records")

@@ -28,11 +28,11 @@ Record in a tier:
 import struct
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NewType
 
 import xxhash
 
 from forepage.errors import IntegrityError
+from forepage.kv.ids import ArenaId
 
 LAYOUT_VERSION = 1
 """Of slot headers, the superblock and tier records; another version is refused, never guessed at."""
@@ -49,8 +49,6 @@ _U64 = struct.Struct("<Q")
 _SUM_AT = TAG_BYTES + _DESCRIPTION.size
 _SALTED = 1
 
-ArenaId = NewType("ArenaId", int)
-"""Physical slot of the arena (host memory); never a block id of a GPU pool."""
 
 BytesLike = bytes | bytearray | memoryview
 

@@ -33,7 +33,7 @@ from forepage.coldpool.servicer import ArenaLeases
 from forepage.coldpool.shm_names import manager_lock_path
 from forepage.coldpool.tiers import RecordTier, RecordTiers
 from forepage.coldpool.upkeep import reap_holders, scrub
-from forepage.errors import CapacityError, DependencyError, ModelFormatError
+from forepage.errors import CapacityError, DependencyError, ForepageError, ModelFormatError
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.rpc.coldpool_pb2_grpc import add_ColdPoolServicer_to_server
 from forepage.rpc.edge import serving
@@ -69,6 +69,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     )
     try:
         await serve(settings, stop, telemetry)
+    except ExceptionGroup as group:
+        if len(group.exceptions) == 1 and isinstance(group.exceptions[0], ForepageError):
+            raise group.exceptions[0] from group  # the one reason, as our caller expects it
+        raise
     finally:
         telemetry.close()
 
@@ -186,8 +190,9 @@ def _open_arena(settings: Settings, holders: HolderRegistry) -> tuple[Arena, Lea
         counts = table.counts()
         _log.info("arena_adopted", slots=num_slots, free=counts.free, cached=counts.cached, waiting_for=live)
         return arena, table, False
-    _log.info("arena_created", slots=num_slots, slot_bytes=slot_bytes, replaced=path.exists())
+    is_replaced = path.exists()
     arena = Arena.create(path, slot_bytes=slot_bytes, num_slots=num_slots)
+    _log.info("arena_created", slots=num_slots, slot_bytes=slot_bytes, replaced=is_replaced)
     table = LeaseTable(num_slots, first_generation=secrets.randbits(_FIRST_GENERATION_BITS) + 1)
     return arena, table, True
 

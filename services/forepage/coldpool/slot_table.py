@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from forepage.coldpool.records import MAX_GENERATION, ArenaId, RecordInfo, SlotHeader, SlotRef, SlotState
+from forepage.coldpool.records import MAX_GENERATION, RecordInfo, SlotHeader, SlotRef, SlotState
 from forepage.errors import IntegrityError
+from forepage.kv.ids import ArenaId
 
 
 class Place(IntEnum):

@@ -1,4 +1,9 @@
-"""What the manager does between calls: free what dead holders held, check laws when idle, scrub payloads."""
+"""What the manager does between calls: free what dead holders held, check laws when idle, scrub payloads.
+
+What checksums of arena payloads detect: bytes changed after publication by whatever (a stray write, bad
+memory). `verify: scrub` sees it within a round of the scrubber, `verify: always` also before each lease.
+Neither sees a wrong payload published with its own right checksum, nor damage between a check and a read.
+"""
 
 import asyncio
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from forepage.coldpool.records import KEY_BYTES, ArenaId, PublishedRecord, RecordKind, SlotRef
+from forepage.coldpool.records import KEY_BYTES, PublishedRecord, RecordKind, SlotRef
 from forepage.errors import RequestError
+from forepage.kv.ids import ArenaId
 from forepage.rpc import coldpool_pb2 as pb
 
 MAX_KEYS = 1 << 16

@@ -31,6 +31,7 @@ from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, Wor
 from forepage.settings import GatewaySettings, Settings, SettingsError
 from forepage.telemetry import Telemetry, open_logs, open_telemetry
 from forepage.text.tokenizer import Tokenizer
+from forepage.text.wording import Wording
 
 CUT_TIMEOUT_S = 5
 """How long answers may take to leave once they were ended."""
@@ -40,13 +41,14 @@ def create_app(
     settings: GatewaySettings,
     *,
     tokenizer: Tokenizer,
+    wording: Wording,
     directory: WorkerDirectory,
     admission: Admission,
     telemetry: Telemetry,
 ) -> FastAPI:
     """The ASGI app; the caller owns and closes the parts."""
     app = FastAPI(title="forepage", version=version("forepage"), docs_url=None, redoc_url=None)
-    starter = Starter(settings, tokenizer, directory, telemetry)
+    starter = Starter(settings, tokenizer, wording, directory, telemetry)
     app.include_router(make_router(starter, admission))
     app.add_middleware(
         AdmittedBodyMiddleware,
@@ -66,13 +68,13 @@ async def run(
 ) -> None:
     """Serve until `stop` is set, then drain. `listening` gets the port once it accepts.
 
-    Raises: DependencyError when the address can't be bound, ModelFormatError for a foreign tokenizer,
+    Raises: DependencyError when the address can't be bound, ModelFormatError for foreign texts,
     SettingsError when nothing says where workers are.
     """
     log = open_logs("gateway", settings.telemetry)
     logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at DEBUG it logs every piece of every answer
     ours = settings.gateway
-    tokenizer = Tokenizer.load(settings.model.path)
+    tokenizer, wording = Tokenizer.load(settings.model.path), Wording.load(settings.model.path)
     async with AsyncExitStack() as stack:
         telemetry = open_telemetry(
             "gateway", instance_id=f"{socket.gethostname()}-{os.getpid()}", prometheus=True
@@ -82,7 +84,12 @@ async def run(
         stack.push_async_callback(directory.close)
         admission = Admission(ours.max_concurrent_requests)
         app = create_app(
-            ours, tokenizer=tokenizer, directory=directory, admission=admission, telemetry=telemetry
+            ours,
+            tokenizer=tokenizer,
+            wording=wording,
+            directory=directory,
+            admission=admission,
+            telemetry=telemetry,
         )
         listener = stack.enter_context(_listen(ours.host, ours.port))
         port: int = listener.getsockname()[1]

@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, JsonValue
 
-from forepage.gateway.residency_usage import JsonScalar
+from forepage.gateway.logprobs import ChatLogprobs, TextLogprobs
+from forepage.gateway.residency_usage import ResidencyUsage
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 @dataclass(frozen=True)
@@ -26,46 +31,66 @@ class PromptTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Token counts, and `forepage`: what happened to the evidence (null when a stop string ended it)."""
+    """Token counts, and `forepage`: what happened to the evidence (null when a stop string ended it).
+
+    With several choices the prompt counts once, and `forepage.per_choice` has each one's report.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    forepage: dict[str, JsonScalar] | None
+    forepage: ResidencyUsage | None
+
+
+class FunctionCall(BaseModel):
+    """What is called, with what: a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call of the answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class AssistantMessage(BaseModel):
-    """The answer of a chat."""
+    """The answer of a chat; `content` is null when it only calls tools."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = Field(None, exclude_if=_is_none)
+    tool_calls: list[MessageToolCall] | None = Field(None, exclude_if=_is_none)
 
 
 class ChatChoice(BaseModel):
-    """The only choice."""
+    """One answer."""
 
-    index: int = 0
+    index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason
 
 
 class ChatChunkChoice(BaseModel):
-    """The only choice, a piece of it."""
+    """One answer, a piece of it."""
 
-    index: int = 0
-    delta: dict[str, str]
-    logprobs: None = None
+    index: int
+    delta: dict[str, JsonValue]
+    logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
 class TextChoice(BaseModel):
-    """The only choice, or a piece of it."""
+    """One answer, or a piece of it."""
 
-    index: int = 0
+    index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -132,14 +157,3 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
-
-
-def usage_of(counts: TokenCounts, residency: dict[str, JsonScalar] | None) -> Usage:
-    """Usage from what was counted."""
-    return Usage(
-        prompt_tokens=counts.prompt,
-        completion_tokens=counts.completion,
-        total_tokens=counts.prompt + counts.completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=counts.cached),
-        forepage=residency,
-    )

@@ -1,18 +1,30 @@
 """`usage.forepage`: the worker's residency report as plain JSON, and the request's wishes as a message."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from forepage.gateway.schemas import ResidencyFields
 from forepage.rpc import worker_pb2 as pb
 
 JsonScalar = str | int | float | bool | None
+Report = dict[str, JsonScalar]
+"""One choice's report."""
+ResidencyUsage = dict[str, JsonScalar | list[Report | None]]
+"""The first choice's report; with several, all of them as `per_choice`."""
 MODE_PREFIX = "RESIDENCY_MODE_"
 
 
-def residency_usage(report: pb.ResidencyReport) -> dict[str, JsonScalar]:
+def residency_usage(report: pb.ResidencyReport) -> Report:
     """Every field by its name; what was not measured is None, a mode is its word."""
     return {field.name: _plain(report, field) for field in report.DESCRIPTOR.fields}
+
+
+def usage_of_choices(reports: Sequence[Report | None]) -> ResidencyUsage | None:
+    """`usage.forepage` of an answer with these choices."""
+    if len(reports) == 1:
+        return None if reports[0] is None else {**reports[0]}
+    return {**(reports[0] or {}), "per_choice": list(reports)}
 
 
 def residency_wish(fields: ResidencyFields | None) -> pb.Residency:

@@ -11,13 +11,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from forepage.errors import RequestError
 from forepage.gateway.admission import Admission
-from forepage.gateway.answering import AnswerStream, while_connected
+from forepage.gateway.answering import AnswerStream, all_or_first_error, usage_of, while_connected
+from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.generation import Generation
-from forepage.gateway.replies import ChatCompletion, Completion, ErrorReply, ModelCard, ModelList, usage_of
+from forepage.gateway.replies import ChatCompletion, Completion, ErrorReply, ModelCard, ModelList
 from forepage.gateway.request_scope import RequestScope, request_scope
-from forepage.gateway.schemas import ChatBody, GenerationBody, TextBody
+from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
-from forepage.gateway.start import Starter
+from forepage.gateway.start import Starter, reading_of
+from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import SpanName, fail_span
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
@@ -89,50 +91,54 @@ async def _answer(
     starter: Starter, request: Request, body: GenerationBody, shape_of: type[AnswerShape]
 ) -> Response:
     scope = request_scope(request.scope)
-    generation = await while_connected(request, _start(starter, body, scope))
+    generations = await while_connected(request, _start(starter, body, scope))
     shape = shape_of(
-        request_id=generation.request_id,
+        request_id=generations[0].request_id,
         created=int(time.time()),
         model=body.model,
-        fingerprint=generation.served.model_fingerprint,
+        fingerprint=generations[0].served.model_fingerprint,
     )
     if body.stream:
         options = body.stream_options
         return AnswerStream(
-            generation, shape, scope, with_usage=options is not None and bool(options.include_usage)
+            generations, shape, scope, with_usage=options is not None and bool(options.include_usage)
         )
-    text = await while_connected(request, generation.whole_text())
-    usage = usage_of(generation.counts, generation.residency)
-    return JSONResponse(shape.whole(text, generation.finish_reason, usage).model_dump())
+    choices = await while_connected(request, all_or_first_error([item.choice() for item in generations]))
+    return JSONResponse(shape.whole(choices, usage_of(generations)).model_dump())
 
 
-async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) -> Generation:
-    """Start, and bind the generation's end to the request's."""
-    request, workers = await starter.prepare(body)
+async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) -> list[Generation]:
+    """Start a generation for each choice, and bind their ends to the request's."""
+    requests, workers = await starter.prepare(body)
     scope.model = body.model
-    span = starter.telemetry.start_span(
-        SpanName.GATEWAY_GENERATE,
-        scope.span,
-        kind=SpanKind.CLIENT,
-        operation=scope.operation or "",
-        request_model=body.model,
-        request_id=scope.request_id,
-    )
-    scope.stack.callback(_end_span, span, scope)
+    reading = reading_of(body)
+
+    async def start(request: pb.GenerateRequest) -> Generation:
+        span = starter.telemetry.start_span(
+            SpanName.GATEWAY_GENERATE,
+            scope.span,
+            kind=SpanKind.CLIENT,
+            operation=scope.operation or "",
+            request_model=body.model,
+            request_id=scope.request_id,
+        )
+        scope.stack.callback(_end_span, span, scope)
+        generation = await starter.start(request, workers, reading=reading, span=span)
+        scope.stack.callback(
+            generation.close,
+            starter.telemetry,
+            span,
+            operation=scope.operation or "",
+            arrived_s=scope.started_s,
+        )
+        return generation
+
     try:
-        generation = await starter.start(request, workers, stops=body.stops, span=span)
+        return await all_or_first_error([start(request) for request in requests])
     except RequestError as error:
         if error.param == "prompt_token_ids":  # the worker's name of what the client calls otherwise
             error.param = body.prompt_field
         raise
-    scope.stack.callback(
-        generation.close,
-        starter.telemetry,
-        span,
-        operation=scope.operation or "",
-        arrived_s=scope.started_s,
-    )
-    return generation
 
 
 def _end_span(span: Span, scope: RequestScope) -> None:

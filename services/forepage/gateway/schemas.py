@@ -2,6 +2,7 @@
 
 Fields that OpenAI defines and we can't honour are refused unless they ask for nothing; fields that
 nobody defines are ignored, as OpenAI clients expect. Inside `forepage`, our own, they are refused.
+What only chat takes is in `chat_schemas`.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from forepage.settings import ResidencyMode
 
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 INT32_MAX = 2**31 - 1
@@ -21,19 +24,14 @@ def _off(value: Any) -> Any:
     return value
 
 
-def _absent(value: Any) -> Any:
-    if value is not None and value is not False:
-        raise ValueError("not supported yet: leave it out")
-    return value
-
-
 def _one_prompt(value: Any) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         raise ValueError("one prompt a request: a string or a list of token ids")
     return value
 
 
-def _encodable(value: str) -> str:
+def encodable(value: str) -> str:
+    """The text. Raises: ValueError unless it can be encoded."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -41,24 +39,19 @@ def _encodable(value: str) -> str:
     return value
 
 
-def _plain_text(value: Any) -> Any:
-    if value is not None and value != {"type": "text"}:
-        raise ValueError("only text is supported: leave it out")
-    return value
-
-
 Off = Annotated[Any, AfterValidator(_off), Field(description="refused unless it asks for nothing")]
-Absent = Annotated[Any, AfterValidator(_absent), Field(description="refused unless null or false")]
 TokenId = Annotated[int, Field(ge=0)]
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(encodable)]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
-class _Body(BaseModel):
+class Fields(BaseModel):
+    """Strict about what it knows, deaf to the rest."""
+
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
-class ResidencyFields(_Body):
+class ResidencyFields(Fields):
     """How this request's KV may be paged (`forepage`)."""
 
     model_config = ConfigDict(extra="forbid")
@@ -68,13 +61,13 @@ class ResidencyFields(_Body):
     budget_blocks: int | None = Field(None, ge=1, le=INT32_MAX)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Fields):
     """What a stream carries besides text."""
 
     include_usage: bool | None = None
 
 
-class GenerationBody(_Body):
+class GenerationBody(Fields):
     """What both endpoints take."""
 
     prompt_field: ClassVar[str]
@@ -89,7 +82,7 @@ class GenerationBody(_Body):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     user: Any = None
     ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
     forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
@@ -99,7 +92,16 @@ class GenerationBody(_Body):
     frequency_penalty: Off = None
     presence_penalty: Off = None
     logit_bias: Off = None
-    logprobs: Absent = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers wanted."""
+        return self.n or 1
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """Alternatives to show with each token's log-probability; None for no log-probabilities."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
@@ -112,46 +114,6 @@ class GenerationBody(_Body):
         return self.max_tokens
 
 
-class TextPart(_Body):
-    """A part of a message's content; only text."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessageFields(_Body):
-    """A message; roles are checked where the chat layout is made."""
-
-    role: str
-    content: Text | list[TextPart] | None = None
-    reasoning_content: Text | None = None
-    tool_calls: Off = None
-    function_call: Off = None
-
-    @property
-    def texts(self) -> str | list[str] | None:
-        """The content without its wrapping."""
-        return [part.text for part in self.content] if isinstance(self.content, list) else self.content
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions"""
-
-    prompt_field: ClassVar[str] = "messages"
-
-    messages: list[ChatMessageFields] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    top_logprobs: Off = None
-    tools: Off = None
-    functions: Off = None
-    response_format: Annotated[Any, AfterValidator(_plain_text)] = None
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        """Most tokens the client wants; the newer name wins."""
-        return self.max_completion_tokens or self.max_tokens
-
-
 class TextBody(GenerationBody):
     """POST /v1/completions"""
 
@@ -161,3 +123,11 @@ class TextBody(GenerationBody):
     best_of: Literal[1] | None = None
     echo: Off = None
     suffix: Off = None
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives to show with each token's"
+    )
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """As asked."""
+        return self.logprobs

@@ -1,4 +1,4 @@
-"""From a request body to a running generation: prompt ids, context check, worker, first event.
+"""From a request body to running generations: prompt ids, context check, worker, first event.
 
 Everything a client can do wrong is found before a worker hears of it.
 """
@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from opentelemetry.trace import Span
 
 from forepage.errors import ContextLengthError, DependencyError, RequestError
-from forepage.gateway.generation import Generation
+from forepage.gateway.chat_schemas import ChatBody
+from forepage.gateway.conversation import conversation_of, thinking_mode
+from forepage.gateway.generation import Generation, Reading
 from forepage.gateway.residency_usage import residency_wish
 from forepage.gateway.routing import rank_workers
-from forepage.gateway.schemas import ChatBody, GenerationBody, TextBody
+from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.worker_client import WorkerClient, WorkerStream
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import GatewaySettings
 from forepage.telemetry import MetricName, Telemetry
-from forepage.text.chat import encode_chat, message_from
-from forepage.text.tokenizer import Tokenizer
+from forepage.text.chat import chat_parts, encode_parts, missing_token
+from forepage.text.dsml import Part
+from forepage.text.messages import ThinkingMode
+from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.wording import Wording
 
 MAX_WORKERS_TRIED = 2
 
@@ -32,11 +37,12 @@ class Starter:
 
     settings: GatewaySettings
     tokenizer: Tokenizer
+    wording: Wording
     directory: WorkerDirectory
     telemetry: Telemetry
 
-    async def prepare(self, body: GenerationBody) -> tuple[pb.GenerateRequest, list[WorkerClient]]:
-        """The call to make and the workers that may take it, best first.
+    async def prepare(self, body: GenerationBody) -> tuple[list[pb.GenerateRequest], list[WorkerClient]]:
+        """The calls to make, one a choice, and the workers that may take them, best first.
 
         Raises: RequestError and its children, DependencyError when no worker can be reached.
         """
@@ -44,20 +50,26 @@ class Starter:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
         workers = self.directory.workers_for(body.model)
         limit = max(_context_of(worker) for worker in workers)
-        prompt_ids = await asyncio.to_thread(_encode, body, self.tokenizer, limit)
+        prompt_ids = await asyncio.to_thread(self._encode, body, limit)
         max_tokens = _answer_room(body, len(prompt_ids), limit, self.settings.default_max_tokens)
         needed = len(prompt_ids) + max_tokens
         by_id = {worker.load.worker_id: worker for worker in workers if _context_of(worker) >= needed}
         ranked = rank_workers(prompt_ids, body.cache_salt or "", [item.load for item in by_id.values()])
-        request = _generate_request(body, prompt_ids, max_tokens, self.tokenizer.eos_id)
-        return request, [by_id[item.worker_id] for item in ranked]
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        requests = [
+            _generate_request(
+                body, prompt_ids, max_tokens, self.tokenizer.eos_id, seed=(seed + index) % 2**64
+            )
+            for index in range(body.num_choices)
+        ]
+        return requests, [by_id[item.worker_id] for item in ranked]
 
     async def start(
         self,
         request: pb.GenerateRequest,
         workers: Sequence[WorkerClient],
         *,
-        stops: Sequence[str],
+        reading: Reading,
         span: Span,
     ) -> Generation:
         """Open the call, on the next worker if the first can't be reached, and wait until it is admitted."""
@@ -75,9 +87,35 @@ class Starter:
                     started,
                     request_id=request.request_id,
                     tokenizer=self.tokenizer,
-                    stops=stops,
+                    reading=reading,
                 )
         raise DependencyError("no decode worker can be reached; try again", retry_after_s=2.0)
+
+    def _encode(self, body: GenerationBody, limit: int) -> list[int]:
+        """Prompt ids. Runs in a thread: a million tokens take seconds."""
+        if isinstance(body, ChatBody):
+            parts = self._layout(body)
+            texts = (part for part in parts if not isinstance(part, ControlToken))
+            _refuse_hopeless(sum(map(self.tokenizer.least_tokens, texts)), limit, body)
+            return encode_parts(parts, self.tokenizer)
+        assert isinstance(body, TextBody)
+        if isinstance(body.prompt, str):
+            _refuse_hopeless(self.tokenizer.least_tokens(body.prompt), limit, body)
+            return self.tokenizer.encode_text(body.prompt)
+        for index, token in enumerate(body.prompt):
+            if token >= self.tokenizer.vocab_size:
+                raise RequestError(
+                    f"token ids of this model are below {self.tokenizer.vocab_size}", f"prompt[{index}]"
+                )
+        return body.prompt
+
+    def _layout(self, body: ChatBody) -> list[Part]:
+        conversation = conversation_of(body)
+        parts = chat_parts(conversation, self.wording)
+        field = missing_token(conversation, self.tokenizer)
+        if field is not None:
+            raise RequestError("this model's tokenizer has no control token for it", field)
+        return parts
 
     async def _started(self, stream: WorkerStream) -> pb.Started:
         try:
@@ -95,25 +133,16 @@ def _context_of(worker: WorkerClient) -> int:
     return served.max_context_tokens if served else 0
 
 
-def _encode(body: GenerationBody, tokenizer: Tokenizer, limit: int) -> list[int]:
-    """Prompt ids. Runs in a thread: a million tokens take seconds."""
-    if isinstance(body, ChatBody):
-        messages = [
-            message_from(index, item.role, item.texts, item.reasoning_content)
-            for index, item in enumerate(body.messages)
-        ]
-        _refuse_hopeless(sum(tokenizer.least_tokens(message.text) for message in messages), limit, body)
-        return encode_chat(messages, tokenizer)
-    assert isinstance(body, TextBody)
-    if isinstance(body.prompt, str):
-        _refuse_hopeless(tokenizer.least_tokens(body.prompt), limit, body)
-        return tokenizer.encode_text(body.prompt)
-    for index, token in enumerate(body.prompt):
-        if token >= tokenizer.vocab_size:
-            raise RequestError(
-                f"token ids of this model are below {tokenizer.vocab_size}", f"prompt[{index}]"
-            )
-    return body.prompt
+def reading_of(body: GenerationBody) -> Reading:
+    """How the answers to this body are read."""
+    chat = body if isinstance(body, ChatBody) else None
+    return Reading(
+        stops=body.stops,
+        mode=thinking_mode(chat) if chat else ThinkingMode.CHAT,
+        with_tools=chat is not None and bool(chat.offered_tools),
+        max_calls=1 if chat and chat.parallel_tool_calls is False else None,
+        num_top_logprobs=body.num_top_logprobs,
+    )
 
 
 def _refuse_hopeless(least_tokens: int, limit: int, body: GenerationBody) -> None:
@@ -138,9 +167,8 @@ def _answer_room(body: GenerationBody, prompt_tokens: int, limit: int, default: 
 
 
 def _generate_request(
-    body: GenerationBody, prompt_ids: Sequence[int], max_tokens: int, eos_id: int
+    body: GenerationBody, prompt_ids: Sequence[int], max_tokens: int, eos_id: int, *, seed: int
 ) -> pb.GenerateRequest:
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
     sampling = pb.Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -149,6 +177,8 @@ def _generate_request(
         seed=seed,
         max_tokens=max_tokens,
         stop_token_ids=() if body.ignore_eos else (eos_id,),
+        logprobs=body.num_top_logprobs is not None,
+        num_logprobs=body.num_top_logprobs or 0,
     )
     return pb.GenerateRequest(
         request_id=secrets.token_hex(16),

@@ -11,7 +11,6 @@ from forepage.index.key_store import MappedKeys
 from forepage.index.question import AuditQuestion
 from forepage.kv.evidence import AuditVerdict, merge_audit
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO
-from forepage.kv.ids import BlockIdx
 from forepage_kernels.native_indexer import native_indexer
 from forepage_kernels.select_topk import select_topk
 
@@ -52,10 +51,15 @@ def audit_layer(
     if asked:
         best = select_topk(flat.unsqueeze(0), min(question.topk, flat.numel()))[0]
     best = best[best >= 0]
-    owners = (best // BLOCK_ENTRIES).tolist()
-    absent = [(BlockIdx(asked[i]), score) for i, score in zip(owners, flat[best].tolist(), strict=True)]
+    # A lower index here is a lower entry too, so ties were cut as the model cuts them.
+    first_entry = torch.tensor(asked, dtype=torch.int64) * BLOCK_ENTRIES
+    entries = first_entry[best // BLOCK_ENTRIES] + best % BLOCK_ENTRIES
     return AuditOutcome(
-        verdict=merge_audit(question.resident_scores, absent, topk=question.topk),
+        verdict=merge_audit(
+            question.resident,
+            zip(entries.tolist(), flat[best].tolist(), strict=True),
+            topk=question.topk,
+        ),
         num_unread=len(asked) - int(readable.sum()),
     )
 

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from forepage.coldpool.records import ArenaId, SlotRef
+from forepage.coldpool.records import SlotRef
 from forepage.errors import RequestError
-from forepage.kv.geometry import KvGeometry
-from forepage.kv.ids import SequenceId
+from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, KvGeometry
+from forepage.kv.ids import ArenaId, SequenceId
 from forepage.kv.prefetch_plan import PlanStamp
 from forepage.model.spec import ModelSpec
 from forepage.rpc import index_pb2 as pb
@@ -70,7 +70,7 @@ class AuditQuestion:
     query: Tensor  # f32 [heads, dims], rotated iff stored keys are
     weights: Tensor  # f32 [heads]
     absent_blocks: tuple[int, ...]  # ascending
-    resident_scores: tuple[float, ...]
+    resident: tuple[tuple[int, float], ...]  # (entry, score), no padding, each entry once
     topk: int
 
 
@@ -149,13 +149,14 @@ def _audit(name: str, audit: pb.Audit, num_blocks: int, limits: QuestionLimits) 
             f"a bitmap of {len(audit.resident)} bytes, wanted {-(-num_blocks // 8)} for {num_blocks} blocks",
         )
     bits = np.unpackbits(np.frombuffer(audit.resident, dtype=np.uint8), bitorder="little")[:num_blocks]
+    position = _position(f"{name}.position", audit.position, limits)
     return AuditQuestion(
         layer_idx=audit.layer_idx,
-        position=_position(f"{name}.position", audit.position, limits),
+        position=position,
         query=_floats(f"{name}.query", audit.query, (limits.index_heads, limits.index_dims)),
         weights=_floats(f"{name}.weights", audit.weights, (limits.index_heads,)),
         absent_blocks=tuple(np.flatnonzero(bits == 0).tolist()),
-        resident_scores=_scores(f"{name}.resident_scores", audit.resident_scores),
+        resident=_resident(name, audit, bits == 1, visible=(position + 1) // C4_RATIO),
         topk=audit.topk,
     )
 
@@ -177,12 +178,32 @@ def _floats(name: str, data: bytes, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(values.reshape(shape))
 
 
-def _scores(name: str, data: bytes) -> tuple[float, ...]:
-    """f32 scores; -inf is padding."""
-    values = _f32(name, data)
-    if np.isnan(values).any() or np.isposinf(values).any():
-        raise _wrong(name, "holds NaN or +inf")
-    return tuple(values[values > -np.inf].tolist())
+def _resident(
+    name: str, audit: pb.Audit, is_resident: npt.NDArray[np.bool_], *, visible: int
+) -> tuple[tuple[int, float], ...]:
+    """The resident entries and their scores; a score of -inf is padding and goes with its entry.
+
+    `is_resident` [num_blocks]: blocks after it (the sequence's newest) are never absent.
+    """
+    scores = _f32(f"{name}.resident_scores", audit.resident_scores)
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        raise _wrong(f"{name}.resident_scores", "holds NaN or +inf")
+    name = f"{name}.resident_entries"
+    if len(audit.resident_entries) != 4 * scores.size:
+        raise _wrong(
+            name, f"{len(audit.resident_entries)} bytes, wanted {4 * scores.size} for {scores.size} scores"
+        )
+    is_real = scores > -np.inf
+    entries = np.frombuffer(audit.resident_entries, dtype="<u4").astype(np.int64)[is_real]
+    if (entries >= visible).any():
+        raise _wrong(name, f"{entries.max()} is not visible, {visible} entries are")
+    in_bitmap = entries[entries < is_resident.size * BLOCK_ENTRIES]
+    absent = in_bitmap[~is_resident[in_bitmap // BLOCK_ENTRIES]]
+    if absent.size:
+        raise _wrong(name, f"{absent[0]} is in block {absent[0] // BLOCK_ENTRIES}, which is absent")
+    if np.unique(entries).size != entries.size:
+        raise _wrong(name, "names an entry twice")
+    return tuple(zip(entries.tolist(), scores[is_real].tolist(), strict=True))
 
 
 def _f32(name: str, data: bytes) -> npt.NDArray[np.float32]:

@@ -1,22 +1,22 @@
 """Was what the model wanted resident? Merges an audit's scores and accumulates recall.
 
 The worker scored its resident entries, the index the absent ones; together they are the model's own
-ranking of all visible entries. *Evidence* are the entries that alone hold at least 1 % of the softmax
-over the true top-k. Pure: the index merges here, the worker accumulates here.
+ranking of all visible entries, equal scores going to the lower entry as they do there. *Evidence* are
+the entries that alone hold at least 1 % of the softmax over the true top-k. Pure: the index merges here,
+the worker accumulates here.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from forepage.errors import DependencyError, RequestError
+from forepage.kv.geometry import BLOCK_ENTRIES
 from forepage.kv.ids import BlockIdx
 
 EVIDENCE_PROBABILITY = 0.01
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
-RESIDENT = -1
-"""Stands for the block of an entry that was resident: which one doesn't matter."""
 
 
 @dataclass(frozen=True)
@@ -35,55 +35,72 @@ class AuditVerdict:
         return self.num_evidence_resident / self.num_evidence if self.num_evidence else None
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """One visible entry of either side."""
+
+    entry: int
+    score: float
+    is_resident: bool
+
+
 def merge_audit(
-    resident_scores: Iterable[float], absent: Iterable[tuple[BlockIdx, float]], *, topk: int
+    resident: Iterable[tuple[int, float]], absent: Iterable[tuple[int, float]], *, topk: int
 ) -> AuditVerdict:
     """Rank resident and absent entries together and say what of the top-k was missing.
 
-    Both inputs may be cut to their own best `topk`; one pair of `absent` is one entry, with its block.
-    A score of -inf is padding. Equal scores: the model takes the lower entry, but the worker does not
-    send where its entries lie, so an absent one is taken to win the last place: a miss is never hidden,
-    and a tie at the edge can only be reported as one. Among absent entries the lower block wins.
-    Raises: RequestError for topk < 1 or a score that is NaN or +inf.
+    Both sides are (entry, score) and may be cut to their own best `topk`, provided that the cut, too,
+    keeps the lower of equal entries. Ranked by falling score; at equal scores (0.0 and -0.0 are equal)
+    the lower entry comes first, which is how the model selects. A score of -inf is padding, whatever
+    its entry.
+    Raises: RequestError for topk < 1, a score that is NaN or +inf, an entry below 0 or named twice.
     """
     if topk < 1:
         raise RequestError(f"topk: must be at least 1, got {topk}", param="topk")
-    ranked = [(score, RESIDENT) for score in _usable("resident_scores", resident_scores)]
-    pairs = list(absent)
-    _usable("absent scores", (score for _, score in pairs))
-    ranked += [(score, int(block)) for block, score in pairs if score > -math.inf]
-    # Falling score; at equal scores absent blocks by index, then residents.
-    ranked.sort(key=lambda item: (-item[0], item[1] == RESIDENT, item[1]))
+    ranked = [_Ranked(entry, score, True) for entry, score in _usable("resident", resident)]
+    ranked += [_Ranked(entry, score, False) for entry, score in _usable("absent", absent)]
+    ranked.sort(key=lambda one: (-one.score, one.entry))
+    _check_unique(one.entry for one in ranked)
     return _verdict(ranked[:topk])
 
 
-def _usable(name: str, scores: Iterable[float]) -> list[float]:
-    kept: list[float] = []
-    for score in scores:
+def _usable(name: str, pairs: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    """The pairs without padding."""
+    for entry, score in pairs:
         if math.isnan(score) or score == math.inf:
             raise RequestError(f"{name}: {score} is no score", param=name)
-        if score > -math.inf:
-            kept.append(score)
-    return kept
+        if score == -math.inf:
+            continue
+        if entry < 0:
+            raise RequestError(f"{name}: {entry} is no entry", param=name)
+        yield entry, score
 
 
-def _verdict(top: Sequence[tuple[float, int]]) -> AuditVerdict:
-    """`top`: (score, block or RESIDENT) by falling score."""
+def _check_unique(entries: Iterable[int]) -> None:
+    seen: set[int] = set()
+    for entry in entries:
+        if entry in seen:
+            raise RequestError(f"entries: {entry} is named twice", param="entries")
+        seen.add(entry)
+
+
+def _verdict(top: Sequence[_Ranked]) -> AuditVerdict:
+    """`top`: the true top-k in rank order."""
     if not top:
         return AuditVerdict(0, 0, missed_mass=0.0, recall_at_k=1.0, missing=())
-    exps = [math.exp(score - top[0][0]) for score, _ in top]  # the maximum is exp(0) = 1: no overflow
+    exps = [math.exp(one.score - top[0].score) for one in top]  # the maximum is exp(0) = 1: no overflow
     total = math.fsum(exps)
-    probabilities = [value / total for value in exps]
     mass_by_block: dict[BlockIdx, float] = {}
     num_evidence = num_evidence_resident = num_resident = 0
-    for probability, (_, block) in zip(probabilities, top, strict=True):
-        is_resident = block == RESIDENT
+    for exp, one in zip(exps, top, strict=True):
+        probability = exp / total
         is_evidence = probability >= EVIDENCE_PROBABILITY
         num_evidence += is_evidence
-        num_evidence_resident += is_evidence and is_resident
-        num_resident += is_resident
-        if not is_resident:
-            mass_by_block[BlockIdx(block)] = mass_by_block.get(BlockIdx(block), 0.0) + probability
+        num_evidence_resident += is_evidence and one.is_resident
+        num_resident += one.is_resident
+        if not one.is_resident:
+            block = BlockIdx(one.entry // BLOCK_ENTRIES)
+            mass_by_block[block] = mass_by_block.get(block, 0.0) + probability
     return AuditVerdict(
         num_evidence=num_evidence,
         num_evidence_resident=num_evidence_resident,

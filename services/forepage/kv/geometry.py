@@ -9,7 +9,7 @@ Record of one block (offsets for V4-Flash):
     786,240    keys   21 layers x  8,448 B   64 x 128 values, 64 x 4 scales
     963,648    c128   20 layers x  1,168 B   2 x 576 values, 2 x 8 scales
     987,008    end
-Source of the row formats: DeepSeek-V4 `fp8_ds_mla` rows (584 B) and FP8 indexer keys (132 B).
+Source of the row formats: DeepSeek-V4 `fp8_ds_mla` rows (584 B), FP8 (132 B) and MXFP4 (68 B) indexer keys.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ BLOCK_ENTRIES = 64
 C4_RATIO = 4
 C128_RATIO = 128
 SCALE_GROUP = 64
+MXFP4_GROUP = 32
 SCALE_ALIGN = 8
 SLOT_ALIGN = 4096
 STATE_WINDOW = 8
@@ -30,9 +31,21 @@ STATE_WINDOW = 8
 
 
 class KvFormat(StrEnum):
-    """How rows and keys are stored: `fp8` is the model's own cache format, `fp32` is for parity tests."""
+    """How rows are stored: `fp8` is the model's own cache format, `fp32` (keys too) is for parity tests."""
 
     FP8 = "fp8"
+    FP32 = "fp32"
+
+
+class KeyFormat(StrEnum):
+    """How indexer keys are stored beside fp8 rows.
+
+    `mxfp4` holds what the model was trained with (keys and queries rounded to FP4, so selections are the
+    reference's); `fp8` keeps more precision than that in twice the bytes. fp32 rows come with fp32 keys.
+    """
+
+    FP8 = "fp8"
+    MXFP4 = "mxfp4"
     FP32 = "fp32"
 
 
@@ -53,11 +66,17 @@ class KvGeometry:
     index_dims: int
     window_tokens: int
     format: KvFormat
+    key_format: KeyFormat
     block_entries: int = BLOCK_ENTRIES
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object], kv_format: KvFormat) -> "KvGeometry":
-        """Read the layer types and dims of an official config. Raises: ModelFormatError naming the field."""
+    def from_config(
+        cls, config: Mapping[str, object], kv_format: KvFormat, key_format: KeyFormat = KeyFormat.FP8
+    ) -> "KvGeometry":
+        """Read the layer types and dims of an official config; fp32 rows have fp32 keys, whatever is asked.
+
+        Raises: ModelFormatError naming the field.
+        """
         num_layers = _int(config, "num_hidden_layers")
         ratios = config.get("compress_ratios")
         if not isinstance(ratios, list | tuple) or len(ratios) < num_layers:
@@ -66,15 +85,22 @@ class KvGeometry:
         unknown = sorted(set(used) - {0, C4_RATIO, C128_RATIO})
         if unknown:
             raise ModelFormatError(f"config: compress_ratios has {unknown}; only 0, 4 and 128 are known")
+        index_dims = _int(config, "index_head_dim")
+        keys = KeyFormat.FP32 if kv_format is KvFormat.FP32 else key_format
+        if keys is KeyFormat.MXFP4 and index_dims % MXFP4_GROUP:
+            raise ModelFormatError(
+                f"config: index_head_dim {index_dims} has no whole groups of {MXFP4_GROUP}"
+            )
         return cls(
             c4_layers=tuple(i for i, ratio in enumerate(used) if ratio == C4_RATIO),
             c128_layers=tuple(i for i, ratio in enumerate(used) if ratio == C128_RATIO),
             num_layers=num_layers,
             head_dim=_int(config, "head_dim"),
             rope_dims=_int(config, "qk_rope_head_dim"),
-            index_dims=_int(config, "index_head_dim"),
+            index_dims=index_dims,
             window_tokens=_int(config, "sliding_window"),
             format=kv_format,
+            key_format=keys,
         )
 
     @property
@@ -123,22 +149,26 @@ class KvGeometry:
 
     @property
     def key_value_bytes(self) -> int:
-        """Bytes of an indexer key's values: 128."""
-        return self.index_dims * (4 if self.format is KvFormat.FP32 else 1)
+        """Bytes of an indexer key's values: 128 in fp8, 64 in mxfp4."""
+        if self.key_format is KeyFormat.MXFP4:
+            return self.index_dims // 2
+        return self.index_dims * (4 if self.key_format is KeyFormat.FP32 else 1)
 
     @property
     def key_scale_bytes(self) -> int:
-        """Bytes of an indexer key's scale: one fp32; none in fp32."""
-        return 0 if self.format is KvFormat.FP32 else 4
+        """Bytes of an indexer key's scales: one fp32 in fp8, a UE8M0 per 32 dims in mxfp4, none in fp32."""
+        if self.key_format is KeyFormat.MXFP4:
+            return self.index_dims // MXFP4_GROUP
+        return 0 if self.key_format is KeyFormat.FP32 else 4
 
     @property
     def key_bytes(self) -> int:
-        """One indexer key: 132."""
+        """One indexer key: 132 in fp8, 68 in mxfp4."""
         return self.key_value_bytes + self.key_scale_bytes
 
     @property
     def keys_plane_bytes(self) -> int:
-        """One layer's indexer keys of a block: 8,448."""
+        """One layer's indexer keys of a block: 8,448 in fp8, 4,352 in mxfp4."""
         return self.block_entries * self.key_bytes
 
     @property

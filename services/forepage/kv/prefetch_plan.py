@@ -131,6 +131,20 @@ def plan_residency(
     return ResidencyChange(keep=keep, load=load, drop=drop, waves=waves)
 
 
+def fit_waves(waves: Sequence[LoadWave], room: int) -> tuple[LoadWave, ...]:
+    """The same change when only `room` blocks can be taken before the first commit; never empty.
+
+    What does not fit follows in a wave of its own, after the first one's drops. Where nothing fits and
+    nothing is dropped, the loads are given up and the drops stay: the next change then has room.
+    """
+    first, rest = waves[0], tuple(waves[1:])
+    if len(first.load) <= room:
+        return (first, *rest)
+    if room == 0 and not first.drop:
+        return (LoadWave((), tuple(block for wave in rest for block in wave.drop)),)
+    return (LoadWave(first.load[:room], first.drop), LoadWave(first.load[room:], ()), *rest)
+
+
 def _waves(
     load: Sequence[BlockIdx], drop: Sequence[BlockIdx], *, num_held: int, budget: int, slack: int
 ) -> Iterator[LoadWave]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvFormat, KvGeometry
+from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO
 from forepage.model.compressor import Compressor
 from forepage.model.dense_attention import closed_mask, selection_mask
 from forepage.model.indexer import Indexer, IndexerTap
@@ -74,7 +74,7 @@ class C4Branch:
         batch, keys, rows = step.batch, pools.keys(self.c4_idx), pools.rows(self.c4_idx)
         at = {"slots": batch.slots, "positions": batch.positions}
         self.indexer.compressor.decode(x, pools.key_state(self.c4_idx), step.new_keys.into(keys), **at)
-        ask = self.indexer.query(x, latent, step.ropes.compressed, rotated=_rotated(pools.geometry))
+        ask = self.indexer.query(x, latent, step.ropes.compressed, keys=keys.layout)
         tap = self.indexer.select(ask, keys, block_table=batch.key_table, visible=step.c4_visible)
         self.compressor.decode(x, pools.row_state(self.c4_idx), step.new_rows.into(rows), **at)
         resident = block_slots(batch.row_table, tap.selected.clamp(min=0), BLOCK_ENTRIES)
@@ -89,7 +89,7 @@ class C4Branch:
         key_state, row_state = pools.key_state(self.c4_idx), pools.row_state(self.c4_idx)
         new_keys, new_rows = step.new_keys.into(keys), step.new_rows.into(rows)
         self.indexer.compressor.prefill(x, key_state[step.slot], new_keys, start=step.start)
-        ask = self.indexer.query(x, latent, step.ropes.compressed, rotated=_rotated(pools.geometry))
+        ask = self.indexer.query(x, latent, step.ropes.compressed, keys=keys.layout)
         tap = self.indexer.select_prefill(ask, keys, slots=step.key_slots, start=step.start)
         self.compressor.prefill(x, row_state[step.slot], new_rows, start=step.start)
         return PrefillRows(load_rows(rows, step.row_slots), C4_RATIO, tap)
@@ -131,11 +131,6 @@ def branch_of(weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> C4B
         return C128Branch(spec.c128_layers.index(layer), compressor)
     indexer = Indexer.from_weights(weights, f"{prefix}indexer.", spec)
     return C4Branch(spec.c4_layers.index(layer), compressor, indexer)
-
-
-def _rotated(geometry: KvGeometry) -> bool:
-    """Whether stored keys are Hadamard-rotated, so queries must be."""
-    return geometry.format is KvFormat.FP8
 
 
 def _pull_absent(

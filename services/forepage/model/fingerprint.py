@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from forepage.kv.geometry import KvFormat
+from forepage.kv.geometry import KeyFormat, KvFormat
 from forepage.model.weights import weight_files
 
 LAYOUT_VERSION = 1
@@ -11,13 +11,13 @@ LAYOUT_VERSION = 1
 HEAD_BYTES = 1 << 20
 
 
-def model_fingerprint(folder: Path, kv_format: KvFormat) -> str:
+def model_fingerprint(folder: Path, kv_format: KvFormat, key_format: KeyFormat = KeyFormat.FP8) -> str:
     """Hex digest over config.json and each weight file's name, size, first and last MiB.
 
     Reading whole checkpoints (160 GB) at every start would cost minutes; a safetensors header names
     every tensor with its offsets, so a swapped file differs there or in its size.
     """
-    state = hashlib.blake2b(f"forepage-{LAYOUT_VERSION}-{kv_format}".encode(), digest_size=16)
+    state = hashlib.blake2b(f"forepage-{LAYOUT_VERSION}-{kv_format}-{key_format}".encode(), digest_size=16)
     state.update((folder / "config.json").read_bytes())
     for path in weight_files(folder):
         size = path.stat().st_size

@@ -1,8 +1,10 @@
 """Lightning Indexer: scores every compressed entry for a token and keeps the best `index_topk`.
 
 Score of entry w = sum over heads of a_h * relu(q_h . k_w), with signed head weights a. Keys come from an
-own compressor (ratio 4) and live in the key pool. fp8 keys are stored Hadamard-rotated, so queries are
-rotated too; the rotation is orthonormal and leaves scores unchanged.
+own compressor (ratio 4) and live in the key pool. Quantised keys are stored Hadamard-rotated, so queries are
+rotated too; the rotation is orthonormal and leaves scores unchanged. With mxfp4 keys queries are rounded to
+FP4 as well: both sides then hold what the reference's QAT simulation computes with. With fp8 keys they are
+not, which no reference does: scores are nearer to the unquantised model's than the reference's are.
 Source: DeepSeek-V4 Indexer. Ties go to the lower entry, in decode and prefill alike.
 """
 
@@ -17,7 +19,8 @@ from forepage.kv.geometry import C4_RATIO
 from forepage.model.compressor import Compressor
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
-from forepage_kernels.layout import KeyPool, hadamard, load_rows
+from forepage_kernels.layout import KeyLayout, KeyPool, hadamard, load_rows
+from forepage_kernels.mxfp4 import simulate_mxfp4
 from forepage_kernels.native_indexer import native_indexer
 from forepage_kernels.select_topk import select_topk
 
@@ -46,6 +49,11 @@ class IndexerTap:
         """The last token's tap alone."""
         return IndexerTap(self.query[-1:], self.weights[-1:], self.selected[-1:], self.scores[-1:])
 
+    def chosen(self, row: int) -> tuple[Tensor, Tensor]:
+        """What one token selected, without padding, on the CPU: entries i64 [n], scores f32 [n]."""
+        entries, scores = self.selected[row].cpu(), self.scores[row].cpu()
+        return entries[entries >= 0], scores[entries >= 0]
+
 
 @dataclass(frozen=True)
 class Indexer:
@@ -66,14 +74,18 @@ class Indexer:
             spec=spec,
         )
 
-    def query(self, x: Tensor, q_latent: Tensor, rope: Rotation, *, rotated: bool) -> IndexerQuery:
-        """x [n, hidden], q_latent [n, q_lora] (the attention's, after its norm)."""
+    def query(self, x: Tensor, q_latent: Tensor, rope: Rotation, *, keys: KeyLayout) -> IndexerQuery:
+        """x [n, hidden], q_latent [n, q_lora] (the attention's, after its norm); to score `keys` with."""
         heads, dims = self.spec.index_heads, self.spec.index_dims
         query = F.linear(q_latent, self.wq_b).float().view(-1, heads, dims)  # [n, H, D]
         query = rope.per_head().apply(query)
         scale = dims**-0.5 * heads**-0.5
         weights = F.linear(x, self.w_heads).float() * scale  # [n, H]
-        return IndexerQuery(hadamard(query) if rotated else query, weights)
+        if keys.rotated:
+            query = hadamard(query)
+        if keys.format == "mxfp4":
+            query = simulate_mxfp4(query)
+        return IndexerQuery(query, weights)
 
     def select(self, ask: IndexerQuery, pool: KeyPool, *, block_table: Tensor, visible: Tensor) -> IndexerTap:
         """Top entries of B sequences among those whose key block is resident: tables [B, M], visible [B]."""

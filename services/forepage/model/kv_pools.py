@@ -124,8 +124,7 @@ class PoolLayers:
     def keys(self, c4_idx: int) -> KeyPool:
         """Indexer keys of the c4_idx-th c4 layer: slot = key block id * 64 + entry % 64."""
         offset = c4_idx * self.geometry.keys_plane_bytes
-        layout = KeyLayout(BLOCK_ENTRIES, self.geometry.index_dims, _format(self.geometry))
-        return KeyPool(self._pools.keys, offset, layout)
+        return KeyPool(self._pools.keys, offset, key_layout(self.geometry))
 
     def row_state(self, c4_idx: int) -> Tensor:
         """Main compressor's state of the c4_idx-th c4 layer: f32 [num_slots, 2, 8, 2 * head_dim]."""
@@ -153,6 +152,11 @@ class PoolLayers:
 def row_layout(geometry: KvGeometry, entries: int) -> RowLayout:
     """The model's row format in planes of `entries` rows."""
     return RowLayout(entries, geometry.nope_dims, geometry.rope_dims, _format(geometry))
+
+
+def key_layout(geometry: KvGeometry) -> KeyLayout:
+    """One layer's indexer keys of a block."""
+    return KeyLayout(geometry.block_entries, geometry.index_dims, geometry.key_format.value)
 
 
 def block_slots(table: Tensor, entries: Tensor, per_block: int) -> Tensor:

@@ -113,7 +113,8 @@ class ColdPoolServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Announce(self, request, context):
-        """After the manager restarted: the leases a live holder still has. Answers those that no longer hold.
+        """Sets a holder's leases to exactly this list: after the manager restarted, or a reply was lost.
+        Answers those that no longer hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

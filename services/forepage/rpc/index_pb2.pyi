@@ -52,7 +52,7 @@ class Predict(_message.Message):
     def __init__(self, num_candidates: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[bytes] = ..., threshold: _Optional[float] = ...) -> None: ...
 
 class Audit(_message.Message):
-    __slots__ = ("layer_idx", "position", "query", "weights", "resident", "resident_scores", "topk")
+    __slots__ = ("layer_idx", "position", "query", "weights", "resident", "resident_scores", "topk", "resident_entries")
     LAYER_IDX_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     QUERY_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class Audit(_message.Message):
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_SCORES_FIELD_NUMBER: _ClassVar[int]
     TOPK_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     layer_idx: int
     position: int
     query: bytes
@@ -67,7 +68,8 @@ class Audit(_message.Message):
     resident: bytes
     resident_scores: bytes
     topk: int
-    def __init__(self, layer_idx: _Optional[int] = ..., position: _Optional[int] = ..., query: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., resident: _Optional[bytes] = ..., resident_scores: _Optional[bytes] = ..., topk: _Optional[int] = ...) -> None: ...
+    resident_entries: bytes
+    def __init__(self, layer_idx: _Optional[int] = ..., position: _Optional[int] = ..., query: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., resident: _Optional[bytes] = ..., resident_scores: _Optional[bytes] = ..., topk: _Optional[int] = ..., resident_entries: _Optional[bytes] = ...) -> None: ...
 
 class LookaheadReply(_message.Message):
     __slots__ = ("request_id", "stamp", "plan", "audits", "error_code", "error_message")

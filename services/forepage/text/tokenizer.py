@@ -27,6 +27,26 @@ class ControlToken(StrEnum):
     ASSISTANT = "<｜Assistant｜>"  # noqa: RUF001
     THINK = "<think>"
     END_THINK = "</think>"
+    DSML = "｜DSML｜"  # noqa: RUF001
+    LATEST_REMINDER = "<｜latest_reminder｜>"  # noqa: RUF001
+    ACTION = "<｜action｜>"  # noqa: RUF001
+    QUERY = "<｜query｜>"  # noqa: RUF001
+    AUTHORITY = "<｜authority｜>"  # noqa: RUF001
+    DOMAIN = "<｜domain｜>"  # noqa: RUF001
+    TITLE = "<｜title｜>"  # noqa: RUF001
+    EXTRACTED_URL = "<｜extracted_url｜>"  # noqa: RUF001
+    READ_URL = "<｜read_url｜>"  # noqa: RUF001
+
+
+REQUIRED = (
+    ControlToken.BOS,
+    ControlToken.EOS,
+    ControlToken.USER,
+    ControlToken.ASSISTANT,
+    ControlToken.THINK,
+    ControlToken.END_THINK,
+)
+"""Without these there is no chat; what needs another one is refused where a file lacks it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class Tokenizer:
     _text: tokenizers.Tokenizer
     _bytes_by_id: tuple[bytes, ...]
     _id_by_name: Mapping[str, int]
+    _name_by_id: Mapping[int, str]
     _longest_bytes: int
 
     @classmethod
@@ -51,10 +72,11 @@ class Tokenizer:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelFormatError(f"{path}: {type(error).__name__}: {error}") from error
         id_by_name = {item["content"]: item["id"] for item in added}
-        missing = [name for name in ControlToken if name not in id_by_name]
+        missing = [name for name in REQUIRED if name not in id_by_name]
         if missing:
             raise ModelFormatError(f"{path}: no token named {', '.join(missing)}")
-        return cls(text, _bytes_table(vocab, added), id_by_name, max(map(len, vocab)))
+        name_by_id = {token_id: name for name, token_id in id_by_name.items()}
+        return cls(text, _bytes_table(vocab, added), id_by_name, name_by_id, max(map(len, vocab)))
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +91,14 @@ class Tokenizer:
     def token_id(self, name: str) -> int:
         """Id of an added token. Raises: KeyError for a name that the file doesn't add."""
         return self._id_by_name[name]
+
+    def has_token(self, name: str) -> bool:
+        """Whether the file adds a token of this name."""
+        return name in self._id_by_name
+
+    def name_of(self, token_id: int) -> str | None:
+        """Name of an added token; None for a token of text."""
+        return self._name_by_id.get(token_id)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a user's text; never a control token, whatever the text spells."""

@@ -77,7 +77,7 @@ class Admission:
         parts.blocks.set_c128(sequence.device.slot, sequence.device.c128_ids)
         sequence.stage_span = parts.telemetry.start_span(SpanName.WORKER_ADMIT, sequence.span)
         sequence.phase = Phase.GRANTING
-        sequence.grant = parts.arena.grant(self._grant_request(sequence, total), sequence.stage_span)
+        sequence.grant = parts.arena.grant(self._grant_request(sequence), sequence.stage_span)
         return True
 
     def take_grant(self, sequence: Sequence) -> None:
@@ -143,9 +143,9 @@ class Admission:
         sequence.phase = Phase.WAITING
         sequence.last_refusal = error
         sequence.retry_at_s = time.monotonic() + RETRY_S
-        self._waiting.appendleft(sequence)
+        self._waiting = deque(sorted([*self._waiting, sequence], key=lambda waiting: waiting.arrived_s))
 
-    def _grant_request(self, sequence: Sequence, total_blocks: int) -> GrantRequest:
+    def _grant_request(self, sequence: Sequence) -> GrantRequest:
         geometry, parts = self._parts.geometry, self._parts.resume_parts
         resumable = (
             len(sequence.request.prompt) - 1
@@ -154,8 +154,13 @@ class Admission:
         resume_keys = [
             b"".join(sequence.resume_part_keys(idx + 1, parts, geometry)) for idx in range(resumable)
         ]
-        points = sequence.request.total_tokens // self._parts.settings.resume_every_tokens + 2
-        return GrantRequest(tuple(block_keys), tuple(resume_keys), total_blocks + points * parts)
+        return GrantRequest(tuple(block_keys), tuple(resume_keys), self._arena_slots(sequence))
+
+    def _arena_slots(self, sequence: Sequence) -> int:
+        """Slots of every block and resume record that the sequence can come to write."""
+        parts, tokens = self._parts, sequence.request.total_tokens
+        points = tokens // parts.settings.resume_every_tokens + 2
+        return parts.geometry.num_blocks(tokens) + points * parts.resume_parts
 
     def _promise_fixed(self, total_blocks: int) -> bool:
         slots, c128 = self._parts.blocks.slots, self._parts.blocks.c128
@@ -172,7 +177,7 @@ class Admission:
         for allocator, count in ((blocks.rows, quota.rows), (blocks.keys, quota.keys), (blocks.c128, total)):
             if not allocator.can_ever_promise(count):
                 raise _never_fits(allocator, count)
-        slots = total + self._parts.resume_parts * 2
+        slots = self._arena_slots(sequence)
         if slots > self._parts.arena.num_slots:
             raise ContextLengthError(
                 f"this request needs {slots} arena slots, the cold pool has {self._parts.arena.num_slots}; "

@@ -21,10 +21,11 @@ from forepage.rpc import index_pb2 as pb
 from forepage.settings import ResidencyMode
 from forepage.telemetry import MetricName
 from forepage.worker.parts import WorkerParts
-from forepage.worker.quota import steady_quota, try_change_promise
+from forepage.worker.quota import grow_promise
 from forepage.worker.sequence import Sequence, StepTap
 from forepage_kernels.layout import KeyLayout, KeyPool
 from forepage_kernels.native_indexer import native_indexer
+from forepage_kernels.select_topk import select_topk
 
 
 class Auditing:
@@ -93,18 +94,15 @@ class Auditing:
             self._guard(sequence, position, recall, verdicts)
 
     def _guard(self, sequence: Sequence, position: int, recall: float, verdicts: Seq[AuditVerdict]) -> None:
-        if sequence.is_exact or sequence.lookahead.repair_due or sequence.lookahead.want_exact:
-            return  # this miss is from before the repair that is already decided
-        if sequence.lookahead.repair_since is not None and position < sequence.lookahead.repair_since:
-            return
+        state = sequence.lookahead
+        if sequence.is_exact or state.repair_since is not None or position < state.audits_from:
+            return  # this step did not see the repair that is decided, or the last one
         before = sequence.guard
         after, action = before.on_audit(recall)
         if action is GuardAction.NONE:
             return
         sequence.guard = after
-        if action is GuardAction.RAISE_BUDGET and not try_change_promise(
-            self._parts, sequence, steady_quota(self._parts, sequence), use_reserve=True
-        ):
+        if action is GuardAction.RAISE_BUDGET and not grow_promise(self._parts, sequence):
             sequence.guard, action = before.to_exact(), GuardAction.MOVE_TO_EXACT
         self.escalate(sequence, action, position, _missing(verdicts))
 
@@ -129,9 +127,12 @@ class Auditing:
         self._parts.telemetry.count(MetricName.ESCALATIONS, reason=action.name.lower())
 
     def _score_absent(self, sequence: Sequence, tap: StepTap, layer: int, absent: list[int]) -> AuditVerdict:
-        """The native indexer over absent blocks' keys in the arena, merged with the resident scores."""
+        """The native indexer over absent blocks' keys in the arena, merged with the resident scores.
+
+        `absent` ascends. A block whose keys are damaged (a score that is not finite) makes the audit partial.
+        """
         geometry, indexer = self._parts.geometry, tap.indexer[layer]
-        resident = indexer.scores[tap.row].tolist()
+        resident = _pairs(*indexer.chosen(tap.row))
         if not absent:
             return merge_audit(resident, (), topk=self._parts.topk)
         slots = self._arena[: self._arena.numel() // geometry.slot_bytes * geometry.slot_bytes]
@@ -148,28 +149,27 @@ class Auditing:
             block_table=torch.tensor([ids], dtype=torch.int32),
             visible=torch.tensor([len(absent) * BLOCK_ENTRIES]),
         )[0]
-        best, entries = scores.topk(min(self._parts.topk, scores.numel()))
-        pairs = zip(entries.tolist(), best.tolist(), strict=True)
-        return merge_audit(
-            resident,
-            [(BlockIdx(absent[entry // BLOCK_ENTRIES]), score) for entry, score in pairs],
-            topk=self._parts.topk,
-        )
+        is_read = scores.view(-1, BLOCK_ENTRIES).isfinite().all(dim=1)
+        sequence.report.audits_partial += int(not is_read.all())
+        scores.view(-1, BLOCK_ENTRIES)[~is_read] = -torch.inf
+        best = select_topk(scores.unsqueeze(0), min(self._parts.topk, scores.numel()))[0]
+        best = best[best >= 0]  # ascending here is ascending in the sequence: ties went to the lower entry
+        entries = torch.tensor(absent)[best // BLOCK_ENTRIES] * BLOCK_ENTRIES + best % BLOCK_ENTRIES
+        return merge_audit(resident, _pairs(entries, scores[best]), topk=self._parts.topk)
 
 
 def _shadow_verdict(sequence: Sequence, tap: IndexerTap, row: int, topk: int) -> AuditVerdict:
     rows = sequence.resident.row_id_by_block
-    resident: list[float] = []
-    absent: list[tuple[BlockIdx, float]] = []
-    for entry, score in zip(tap.selected[row].tolist(), tap.scores[row].tolist(), strict=True):
-        if entry < 0:
-            continue
-        block_idx = BlockIdx(entry // BLOCK_ENTRIES)
-        if block_idx in rows:
-            resident.append(score)
-        else:
-            absent.append((block_idx, score))
+    resident: list[tuple[int, float]] = []
+    absent: list[tuple[int, float]] = []
+    for entry, score in _pairs(*tap.chosen(row)):
+        is_resident = BlockIdx(entry // BLOCK_ENTRIES) in rows
+        (resident if is_resident else absent).append((entry, score))
     return merge_audit(resident, absent, topk=topk)
+
+
+def _pairs(entries: Tensor, scores: Tensor) -> list[tuple[int, float]]:
+    return list(zip(entries.tolist(), scores.tolist(), strict=True))
 
 
 def _missing(verdicts: Seq[AuditVerdict]) -> list[tuple[BlockIdx, float]]:

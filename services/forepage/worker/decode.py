@@ -9,6 +9,7 @@ from forepage.errors import IntegrityError
 from forepage.telemetry import MetricName
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
+from forepage.worker.quota import held_quota
 from forepage.worker.sampler import sample
 from forepage.worker.sequence import Sequence, StepTap
 from forepage.worker.write_back import WriteBack
@@ -30,12 +31,8 @@ class Decode:
         """Whether the block of the next token is there, or can be taken from what was promised."""
         if sequence.num_processed % self._parts.geometry.block_tokens:
             return True
-        holds, load = sequence.holds, sequence.lookahead.load
-        rows = (
-            len(holds.resident.row_id_by_block) + len(holds.staging_ids) + (len(load.row_ids) if load else 0)
-        )
-        keys = len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0)
-        return rows < holds.row_promise and keys < holds.key_promise
+        holds, held = sequence.holds, held_quota(self._parts, sequence)
+        return held.rows < holds.row_promise and held.keys < holds.key_promise
 
     def step(self, batch: Seq[Sequence]) -> list[int]:
         """Process each sequence's newest token; the sampled next tokens, in order."""

@@ -5,6 +5,7 @@ what can't be asked (index down) falls back to the last set, and says so in the 
 """
 
 import itertools
+import math
 import time
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from forepage.worker.questions import (
     predict_message,
     random_audit_steps,
 )
-from forepage.worker.quota import steady_quota, try_change_promise
+from forepage.worker.quota import grow_promise
 from forepage.worker.residency import Residency
 from forepage.worker.sequence import Phase, Sequence, StepTap
 
@@ -35,7 +36,20 @@ class _Asked:
 
     sequence: Sequence
     question: Question | None
-    num_audits: int
+    stamp: pb.Stamp
+    audits: frozenset[tuple[int, int]]
+    """(layer, position) of each."""
+
+    def accepts(self, reply: pb.LookaheadReply) -> bool:
+        """Whether this is an answer to the question, and one that can be taken at its word."""
+        answered = [(audit.layer_idx, audit.position) for audit in reply.audits]
+        return (
+            reply.stamp == self.stamp
+            and len(reply.plan.block_idx) == len(reply.plan.score)
+            and self.audits.issuperset(answered)
+            and len(set(answered)) == len(answered)
+            and all(_is_sound(audit) for audit in reply.audits)
+        )
 
 
 class Lookahead:
@@ -62,7 +76,7 @@ class Lookahead:
             return
         audit = sequence.request.mode is ResidencyMode.GUARDED
         if is_boundary:
-            if audit and sequence.guard.exact:
+            if audit and sequence.guard.exact and sequence.holds.staging_ids:
                 self._auditing.shadow(sequence, tap, self._layers(sequence))
             self._end_of_interval(sequence)
             self._begin_interval(sequence)
@@ -71,41 +85,32 @@ class Lookahead:
             return  # nothing is absent, and nothing needs to be
         self._ask(sequence, tap, predict=is_boundary, audit=audit and not sequence.resident.keys_complete)
 
-    def on_reply(self, reply: pb.LookaheadReply) -> Sequence | None:
-        """A reply of the index; answers the sequence it was for, if it still wants it."""
+    def on_reply(self, reply: pb.LookaheadReply) -> None:
+        """A reply of the index: its audits count, its plan too if it is of the newest question."""
         asked = self._asked.pop(reply.request_id, None)
         if asked is None:
-            return None
+            return
         sequence, question = asked.sequence, asked.question
-        if sequence.device is None:
-            return None
-        if question is not None and sequence.lookahead.question is question:
-            question.predict_span.end()
         if reply.error_code:
-            self._refused(sequence, question, asked.num_audits, f"{reply.error_code}: {reply.error_message}")
-            return sequence
-        sequence.report.audits_lost += asked.num_audits - len(reply.audits)
+            self._refused(asked, f"{reply.error_code}: {reply.error_message}")
+            return
+        if not asked.accepts(reply):
+            self._refused(asked, "the reply does not answer the question")
+            return
+        is_newest = question is not None and sequence.lookahead.question is question
+        if question is not None and is_newest:
+            self._take_plan(sequence, question, reply.plan)
+        sequence.report.audits_lost += len(asked.audits) - len(reply.audits)
         self._auditing.take_results(sequence, reply.audits)
-        if question is None:
-            return sequence
-        if sequence.lookahead.question is not question or reply.stamp.incarnation != sequence.incarnation:
+        if question is not None and not is_newest:
             self._count_discarded(sequence)
-            return sequence
-        question.answered_s = time.monotonic()
-        phase_ms = (question.answered_s - question.asked_s) * 1e3
-        self._parts.telemetry.record(MetricName.PREFETCH_LATENCY, phase_ms, phase="predict")
-        sequence.lookahead.desired = [
-            (BlockIdx(idx), score) for idx, score in zip(reply.plan.block_idx, reply.plan.score, strict=True)
-        ]
-        return sequence
 
     def on_index_down(self) -> None:
         """The stream broke: every open question stays unanswered."""
         for asked in self._asked.values():
             sequence, question = asked.sequence, asked.question
-            sequence.report.audits_lost += asked.num_audits
+            sequence.report.audits_lost += len(asked.audits)
             if question is not None and sequence.lookahead.question is question:
-                question.predict_span.end()
                 sequence.lookahead.question = None
                 self._fall_back(sequence, question)
         self._asked.clear()
@@ -122,28 +127,39 @@ class Lookahead:
             age_ms = (time.monotonic() - question.asked_s) * 1e3
             if age_ms > self._parts.settings.predict_deadline_ms:
                 self._count_late(sequence, question)
-        if state.load is None and state.want_exact:
+        if state.load is None and state.want_exact and sequence.phase in (Phase.DECODE, Phase.PAUSED):
             self._try_exact(sequence)
-        if state.load is None and sequence.holds.staging_ids and not sequence.is_exact:
+        if sequence.phase is Phase.PAUSED:
+            return  # it has given up its promise: nothing may be loaded
+        if state.load is None and not sequence.is_exact and _has_exact_keys(sequence):
             self._residency.leave_exact(sequence)
         if state.load is None and (state.desired is not None or state.repair_due or state.rebalance_due):
             self._residency.start_change(sequence)
 
+    def make_room(self, sequence: Sequence) -> None:
+        """The tail can't grow: give up what the budget does not cover, once more may be paged again."""
+        if sequence.request.mode is ResidencyMode.FULL or sequence.lookahead.load is not None:
+            return
+        candidates = num_candidates(sequence, self._parts.settings, self._parts.geometry)
+        rows = sequence.resident.row_id_by_block
+        if sum(idx < candidates for idx in rows) > sequence.guard.budget_blocks:
+            sequence.lookahead.rebalance_due = True
+
     def forget(self, sequence: Sequence) -> None:
-        """The sequence ended: its open question ends with it."""
-        question = sequence.lookahead.question
-        if question is not None:
-            question.predict_span.end()
-            self._end(question, Outcome.ENDED)
-            sequence.lookahead.question = None
-        load = sequence.lookahead.load
-        if load is not None and load.question is not None:
-            self._end(load.question, Outcome.ENDED)
+        """The sequence ended: its open questions end with it."""
+        state = sequence.lookahead
+        for request_id in [key for key, asked in self._asked.items() if asked.sequence is sequence]:
+            sequence.report.audits_lost += len(self._asked.pop(request_id).audits)
+        if state.question is not None:
+            self._end(state.question, Outcome.ENDED)
+            state.question = None
+        if state.load is not None and state.load.question is not None:
+            self._end(state.load.question, Outcome.ENDED)
+            state.load.question = None
 
     def _try_exact(self, sequence: Sequence) -> None:
         """Escalation is an allocation: with room the keys are loaded, without it the sequence waits."""
-        quota = steady_quota(self._parts, sequence)
-        if try_change_promise(self._parts, sequence, quota, use_reserve=True):
+        if grow_promise(self._parts, sequence):
             if sequence.paused_since_s is not None:
                 sequence.report.paused_ms += (time.monotonic() - sequence.paused_since_s) * 1e3
                 sequence.paused_since_s = None
@@ -165,18 +181,22 @@ class Lookahead:
         state.audit_steps = random_audit_steps(sequence, settings, step)
 
     def _end_of_interval(self, sequence: Sequence) -> None:
-        """Close a question that never came to a plan, and let the guard count the interval."""
+        """Close a question whose plan never came to a load, and let the guard count the interval."""
         state = sequence.lookahead
         question = state.question
-        if question is not None and question.answered_s is None:
+        if question is not None:
             if not question.late:
                 self._count_late(sequence, question)
-            question.predict_span.end()
+            if state.desired is not None:  # it waited behind a load until this boundary overtook it
+                state.desired = None
+                self._count_discarded(sequence)
             self._end(question, Outcome.LATE)
             state.question = None
             state.rebalance_due = True
         if sequence.request.mode is not ResidencyMode.GUARDED:
             return
+        if sequence.guard.exact and not sequence.holds.staging_ids:
+            return  # not there yet: what paging misses was not looked at
         sequence.guard, _ = sequence.guard.on_boundary()
         if not sequence.guard.raised:
             state.repair.clear()
@@ -198,10 +218,10 @@ class Lookahead:
         request.audits.extend(audit_messages(sequence, tap, layers, num_blocks=candidates, topk=parts.topk))
         if parts.index.ask(request):
             sequence.lookahead.question = question or sequence.lookahead.question
-            self._asked[request_id] = _Asked(sequence, question, len(layers))
+            audits = frozenset((audit.layer_idx, audit.position) for audit in request.audits)
+            self._asked[request_id] = _Asked(sequence, question, request.stamp, audits)
             return True
         if question is not None:
-            question.predict_span.end()
             self._fall_back(sequence, question)
         if layers:
             self._auditing.audit_here(sequence, tap, layers, candidates)
@@ -221,8 +241,18 @@ class Lookahead:
     def _layers(self, sequence: Sequence) -> list[int]:
         return audited_layers(sequence, self._parts.settings, len(self._parts.geometry.c4_layers))
 
-    def _refused(self, sequence: Sequence, question: Question | None, num_audits: int, why: str) -> None:
-        sequence.report.audits_lost += num_audits
+    def _take_plan(self, sequence: Sequence, question: Question, plan: pb.Plan) -> None:
+        question.answered_s = time.monotonic()
+        question.predict_span.end()
+        phase_ms = (question.answered_s - question.asked_s) * 1e3
+        self._parts.telemetry.record(MetricName.PREFETCH_LATENCY, phase_ms, phase="predict")
+        sequence.lookahead.desired = [
+            (BlockIdx(idx), score) for idx, score in zip(plan.block_idx, plan.score, strict=True)
+        ]
+
+    def _refused(self, asked: _Asked, why: str) -> None:
+        sequence, question = asked.sequence, asked.question
+        sequence.report.audits_lost += len(asked.audits)
         self._parts.log.warning("lookahead question refused", why=why, sequence=sequence.request.request_id)
         if question is not None and sequence.lookahead.question is question:
             sequence.lookahead.question = None
@@ -256,5 +286,23 @@ class Lookahead:
         self._parts.telemetry.count(MetricName.DISCARDED_PLANS)
 
     def _end(self, question: Question, outcome: Outcome) -> None:
+        if question.answered_s is None:
+            question.predict_span.end()
         set_attributes(question.span, outcome=outcome.value)
         question.span.end()
+
+
+def _has_exact_keys(sequence: Sequence) -> bool:
+    """Whether it still holds what only `exact` needs: staging, or keys of rows that are absent."""
+    resident = sequence.resident
+    return bool(sequence.holds.staging_ids) or len(resident.key_id_by_block) > resident.num_resident
+
+
+def _is_sound(audit: pb.AuditResult) -> bool:
+    """Whether the counts and shares of one audited layer can be true."""
+    return (
+        audit.num_evidence_resident <= audit.num_evidence
+        and len(audit.missing_block_idx) == len(audit.missing_mass)
+        and all(0.0 <= share <= 1.0 for share in (audit.missed_mass, audit.recall_at_k))
+        and all(math.isfinite(mass) for mass in audit.missing_mass)
+    )

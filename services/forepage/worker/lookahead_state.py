@@ -48,6 +48,7 @@ class LoadUnderWay:
     question: Question | None
     outcome: Outcome
     for_exact: bool = False
+    is_repair: bool = False
     finished_ns: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class LookaheadState:
     `desired` is a plan not yet started, `scores` with what probability each block was last wanted,
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
+    `repair_since` is the audited position a repair under way is for; audits of positions before
+    `audits_from` saw the set from before the last one.
     """
 
     interval: int = -1
@@ -76,5 +79,6 @@ class LookaheadState:
     repair_due: bool = False
     rebalance_due: bool = False
     repair_since: int | None = None
+    audits_from: int = 0
     want_exact: bool = False
     load: LoadUnderWay | None = None

@@ -157,8 +157,6 @@ class Loop:
 
     def _advance(self, sequence: Sequence) -> None:
         """What this sequence can do without a step."""
-        if sequence.failure is not None:
-            raise sequence.failure
         if sequence.phase is Phase.GRANTING and sequence.grant is not None and sequence.grant.done():
             self._admission.take_grant(sequence)
         elif (
@@ -204,7 +202,7 @@ class Loop:
         """No blind steps: write-backs, then the question, the answer and its commit. Bounded in time."""
         state, is_overdue = sequence.lookahead, time.monotonic() > sequence.first_plan_by_s
         if sequence.first_tap is not None:
-            if sequence.arena.in_flight and not is_overdue:
+            if sequence.arena.writing and not is_overdue:
                 return
             tap, sequence.first_tap = sequence.first_tap, None
             candidates = num_candidates(sequence, self._parts.settings, self._parts.geometry)
@@ -216,9 +214,9 @@ class Loop:
         self._lookahead.tick(sequence)
         if state.load is not None:
             return
-        if state.question is None and state.desired is None:
+        if sequence.resident.pinned_from:  # a set is committed; a plan still to come may change it later
             self._start_decode(sequence)
-        elif is_overdue:
+        elif is_overdue or state.question is None:
             self._residency.keep_newest(sequence)
 
     def _start_decode(self, sequence: Sequence) -> None:
@@ -241,6 +239,7 @@ class Loop:
 
     def _finish(self, sequence: Sequence, reason: pb.FinishReason) -> None:
         self._write_back.store_resume(sequence)
+        self._lookahead.forget(sequence)
         sequence.emit(
             pb.GenerateEvent(
                 finished=pb.Finished(
@@ -255,12 +254,11 @@ class Loop:
         self._end(sequence)
 
     def _submit(self, sequence: Sequence) -> None:
-        try:
-            self._admission.submit(sequence)
-        except ForepageError as error:
-            sequence.emit(_failed(error))
-            return
         self._live[sequence.incarnation] = sequence
+        if self._stopping:
+            self._fail(sequence, _shutting_down())
+            return
+        self._guarded(sequence, self._admission.submit)
 
     def _on_reply(self, reply: index_pb2.LookaheadReply) -> None:
         self._lookahead.on_reply(reply)
@@ -313,7 +311,7 @@ class Loop:
             sequence.take_unused_grant()
         if (load and not load.future.done()) or (sequence.prefix_load and not sequence.prefix_load.done()):
             return False
-        if sequence.arena.in_flight:
+        if sequence.arena.writing:
             return False
         if load and sequence.device is not None:
             self._parts.blocks.rows.free(load.row_ids.values())
@@ -334,11 +332,17 @@ class Loop:
             sequence.blocked_since_s = time.monotonic()
         elif time.monotonic() - sequence.blocked_since_s > self._parts.settings.admission_timeout_s:
             raise CapacityError("no room to go on with this request; send it again", None, 5.0)
+        if not can_step and sequence.phase is Phase.DECODE:
+            self._lookahead.make_room(sequence)
 
     def _stop(self) -> None:
         self._stopping = True
         for sequence in list(self._live.values()):
-            self._fail(sequence, DependencyError("the worker is shutting down", None, 1.0))
+            self._fail(sequence, _shutting_down())
+
+
+def _shutting_down() -> DependencyError:
+    return DependencyError("the worker is shutting down", None, 1.0)
 
 
 def _started(sequence: Sequence) -> pb.GenerateEvent:

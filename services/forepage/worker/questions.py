@@ -56,18 +56,23 @@ def audit_messages(
     for idx in range(num_blocks):
         if idx in held:
             bitmap[idx // 8] |= 1 << (idx % 8)
-    return [
-        pb.Audit(
-            layer_idx=layer,
-            position=sequence.num_processed - 1,
-            query=_f32(tap.indexer[layer].query[tap.row]),
-            weights=_f32(tap.indexer[layer].weights[tap.row]),
-            resident=bytes(bitmap),
-            resident_scores=_f32(tap.indexer[layer].scores[tap.row]),
-            topk=topk,
+    audits = []
+    for layer in layers:
+        indexer = tap.indexer[layer]
+        entries, scores = indexer.chosen(tap.row)
+        audits.append(
+            pb.Audit(
+                layer_idx=layer,
+                position=sequence.num_processed - 1,
+                query=_f32(indexer.query[tap.row]),
+                weights=_f32(indexer.weights[tap.row]),
+                resident=bytes(bitmap),
+                resident_scores=_f32(scores),
+                topk=topk,
+                resident_entries=struct.pack(f"<{entries.numel()}I", *entries.tolist()),
+            )
         )
-        for layer in layers
-    ]
+    return audits
 
 
 def audited_layers(sequence: Sequence, settings: WorkerSettings, num_c4: int) -> list[int]:

@@ -18,8 +18,9 @@ class Quota:
 def prefill_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
     """While its prompt is prefilled all of it is on the device, whatever the mode."""
     prompt = parts.geometry.num_blocks(len(sequence.request.prompt))
+    staging = parts.blocks.staging_blocks if sequence.is_exact else 0
     steady = steady_quota(parts, sequence)
-    return Quota(max(prompt, steady.rows), max(prompt, steady.keys))
+    return Quota(max(prompt + staging, steady.rows), max(prompt, steady.keys))
 
 
 def steady_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
@@ -48,18 +49,41 @@ def try_change_promise(
     return True
 
 
-def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
-    """Give back what the sequence no longer can come to hold, never below what it holds now."""
-    holds, wanted = sequence.holds, steady_quota(parts, sequence)
-    load = sequence.lookahead.load
-    loading = len(load.row_ids) if load else 0, len(load.key_ids) if load else 0
-    rows_held = len(holds.resident.row_id_by_block) + loading[0] + len(holds.staging_ids)
-    keys_held = len(holds.resident.key_id_by_block) + loading[1]
-    try_change_promise(
-        parts,
-        sequence,
-        Quota(
-            min(holds.row_promise, max(wanted.rows, rows_held)),
-            min(holds.key_promise, max(wanted.keys, keys_held)),
-        ),
+def grow_promise(parts: WorkerParts, sequence: Sequence) -> bool:
+    """Promise what the sequence's mode now needs, never below what it holds; False when there is no room."""
+    holds, wanted, held = sequence.holds, steady_quota(parts, sequence), held_quota(parts, sequence)
+    quota = Quota(
+        max(holds.row_promise, wanted.rows, held.rows), max(holds.key_promise, wanted.keys, held.keys)
     )
+    return try_change_promise(parts, sequence, quota, use_reserve=True)
+
+
+def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
+    """Give back what the sequence no longer can come to hold.
+
+    One that holds more than its mode should (the arena is away: nothing may be dropped) keeps its promise,
+    so that what it drops later is room for its own tail.
+    """
+    holds, wanted, held = sequence.holds, steady_quota(parts, sequence), held_quota(parts, sequence)
+    quota = Quota(
+        min(holds.row_promise, wanted.rows) if held.rows <= wanted.rows else holds.row_promise,
+        min(holds.key_promise, wanted.keys) if held.keys <= wanted.keys else holds.key_promise,
+    )
+    try_change_promise(parts, sequence, quota)
+
+
+def held_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
+    """What the sequence holds, loads under way included, and in `exact` the staging it has yet to take."""
+    holds, load = sequence.holds, sequence.lookahead.load
+    staging = parts.blocks.staging_blocks if sequence.is_exact else len(holds.staging_ids)
+    return Quota(
+        len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) if load else 0),
+        len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0),
+    )
+
+
+def room(parts: WorkerParts, sequence: Sequence) -> int:
+    """Blocks the sequence may still take of what it was promised, each with its row and its key."""
+    holds, held = sequence.holds, held_quota(parts, sequence)
+    rows, keys = holds.row_promise - held.rows, holds.key_promise - held.keys
+    return max(0, rows if sequence.keeps_keys and holds.resident.keys_complete else min(rows, keys))

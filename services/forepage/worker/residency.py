@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 from forepage.errors import DependencyError
 from forepage.kv.ids import BlockIdx
-from forepage.kv.prefetch_plan import LoadWave, plan_residency
+from forepage.kv.prefetch_plan import LoadWave, fit_waves, plan_residency
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.copy_engine import SKIP, BlockLoad
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
-from forepage.worker.quota import shrink_promise
+from forepage.worker.quota import held_quota, room, shrink_promise, try_change_promise
 from forepage.worker.sequence import Sequence
 
 REPAIR_SCORE = 2.0
@@ -31,7 +31,9 @@ class Residency:
     def start_change(self, sequence: Sequence) -> None:
         """Turn the newest plan (and repairs) into waves and start the first."""
         state, parts = sequence.lookahead, self._parts
-        question = state.question
+        question, is_repair = None, state.repair_due
+        if state.question is not None and state.question.answered_s is not None:
+            question, state.question = state.question, None
         pinned_from = self._pinned_from(sequence)
         chosen = [BlockIdx(idx) for idx in sequence.resident.row_id_by_block if idx < pinned_from]
         current = {idx: state.scores.get(idx, 0.0) for idx in chosen}
@@ -52,13 +54,9 @@ class Residency:
         if question is not None:
             set_attributes(question.span, desired_blocks=len(desired), loaded_blocks=len(change.load))
             set_attributes(question.span, dropped_blocks=len(change.drop))
-            if question.answered_s is not None:
-                state.question = None
-            else:
-                question = None
         waves = change.waves or (LoadWave((), ()),)
         outcome = Outcome.UNCHANGED if change.is_empty else Outcome.COMMITTED
-        self._start_wave(sequence, waves, pinned_from, question, outcome)
+        self._start_waves(sequence, waves, pinned_from, question, outcome, is_repair=is_repair)
 
     def keep_newest(self, sequence: Sequence) -> None:
         """No plan in time for the first step: keep the newest blocks that the budget has room for."""
@@ -71,14 +69,16 @@ class Residency:
         """Load the keys of every absent block: the move to `exact`. The promise must have been made."""
         held = sequence.resident.key_id_by_block
         absent = [BlockIdx(idx) for idx in range(sequence.resident.num_blocks) if idx not in held]
+        pinned_from = sequence.resident.pinned_from  # nothing is dropped here, so nothing becomes chosen
         sequence.lookahead.want_exact = False
-        self._start(sequence, LoadWave(tuple(absent), ()), (), self._pinned_from(sequence), for_exact=True)
+        wave = LoadWave(tuple(absent), ())
+        self._start(sequence, wave, (), pinned_from, for_exact=True, is_repair=True)
 
     def leave_exact(self, sequence: Sequence) -> None:
         """Back to paging: keys of absent rows and the staging blocks are given up at once."""
         resident = sequence.resident
         keys = [idx for idx in resident.key_id_by_block if idx not in resident.row_id_by_block]
-        self._commit(sequence, self._pinned_from(sequence), {}, {}, (), keys)
+        self._commit(sequence, resident.pinned_from, {}, {}, (), keys)
         holds = sequence.holds
         self._parts.blocks.rows.free(holds.staging_ids)
         holds.staging_ids = []
@@ -99,55 +99,73 @@ class Residency:
         rows = [idx for idx in resident.row_id_by_block if idx < pinned_from]
         keys = [idx for idx in resident.key_id_by_block if idx < pinned_from]
         self._commit(sequence, pinned_from, {}, {}, rows, keys)
-        shrink_promise(self._parts, sequence)
+        try_change_promise(self._parts, sequence, held_quota(self._parts, sequence))
 
     def finish_load(self, sequence: Sequence) -> None:
-        """The load's event has fired: check its records again, commit, start the next wave."""
+        """The load's event has fired: check its records again, commit, start the next wave.
+
+        Raises: DependencyError when a record changed under the load: no table ever names its blocks.
+        """
         load = sequence.lookahead.load
         assert load is not None
-        sequence.lookahead.load = None
         load.future.result()
         done_ns = time.time_ns()
-        intact = [idx for idx in load.wave.load if self._still_there(sequence, idx)]
-        lost = [idx for idx in load.wave.load if idx not in intact]
+        lost = [idx for idx in load.wave.load if not self._still_there(sequence, idx)]
         if lost:
-            self._give_up(sequence, load, lost)
-        start_ns = time.time_ns()
-        if load.for_exact:
-            self._commit(sequence, load.pinned_from, {}, _only(load.key_ids, intact), (), ())
-        else:
-            keep_keys = sequence.is_exact
-            drops = load.wave.drop
-            self._commit(
-                sequence,
-                load.pinned_from,
-                _only(load.row_ids, intact),
-                _only(load.key_ids, intact),
-                drops,
-                () if keep_keys else [idx for idx in drops if idx in sequence.resident.key_id_by_block],
+            self._parts.telemetry.count(MetricName.FALLBACKS, len(lost), fallback="lost_record")
+            raise DependencyError(
+                f"blocks {sorted(lost)} of this request were lost from the cold pool; send it again",
+                None,
+                1.0,
             )
-        if sequence.is_exact and sequence.resident.keys_complete:
+        sequence.lookahead.load = None
+        start_ns = time.time_ns()
+        drops, held_keys = load.wave.drop, sequence.resident.key_id_by_block
+        key_drops = () if sequence.keeps_keys else tuple(idx for idx in drops if idx in held_keys)
+        self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
+        if sequence.keeps_keys and sequence.resident.keys_complete:
             self.enter_exact(sequence)
         shrink_promise(self._parts, sequence)
         self._trace(load, done_ns, start_ns)
         if load.rest:
-            self._start_wave(sequence, load.rest, load.pinned_from, load.question, load.outcome)
-        elif load.question is not None:
+            self._start_waves(
+                sequence,
+                load.rest,
+                load.pinned_from,
+                load.question,
+                load.outcome,
+                is_repair=load.is_repair,
+            )
+            return
+        if load.question is not None:
             self._end_question(sequence, load.question, load.outcome)
-        if sequence.lookahead.repair_since is not None and not load.rest:
+        if load.is_repair and sequence.lookahead.repair_since is not None:
             waited = sequence.num_processed - sequence.lookahead.repair_since
             sequence.report.tokens_before_escalation += waited
             sequence.lookahead.repair_since = None
+            sequence.lookahead.audits_from = sequence.num_processed
 
-    def _start_wave(
+    def _start_waves(
         self,
         sequence: Sequence,
         waves: tuple[LoadWave, ...],
         pinned_from: int,
         question: Question | None,
         outcome: Outcome,
+        *,
+        is_repair: bool,
     ) -> None:
-        self._start(sequence, waves[0], waves[1:], pinned_from, question=question, outcome=outcome)
+        """The tail may have taken room that the waves were cut for: never load beyond the promise."""
+        first, *rest = fit_waves(waves, room(self._parts, sequence))
+        self._start(
+            sequence,
+            first,
+            tuple(rest),
+            pinned_from,
+            question=question,
+            outcome=outcome,
+            is_repair=is_repair,
+        )
 
     def _start(
         self,
@@ -159,6 +177,7 @@ class Residency:
         question: Question | None = None,
         outcome: Outcome = Outcome.COMMITTED,
         for_exact: bool = False,
+        is_repair: bool = False,
     ) -> None:
         parts, resident = self._parts, sequence.resident
         need_rows = () if for_exact else wave.load
@@ -187,6 +206,7 @@ class Residency:
             question=question,
             outcome=outcome,
             for_exact=for_exact,
+            is_repair=is_repair,
         )
 
     def _commit(
@@ -212,16 +232,6 @@ class Residency:
 
     def _still_there(self, sequence: Sequence, block_idx: int) -> bool:
         return self._parts.arena.matches(sequence.arena.ref_by_block[block_idx])
-
-    def _give_up(self, sequence: Sequence, load: LoadUnderWay, lost: list[BlockIdx]) -> None:
-        """Records that changed under the load: no table ever names them, and the request fails."""
-        parts = self._parts
-        parts.blocks.rows.free(load.row_ids[idx] for idx in lost if idx in load.row_ids)
-        parts.blocks.keys.free(load.key_ids[idx] for idx in lost if idx in load.key_ids)
-        parts.telemetry.count(MetricName.FALLBACKS, len(lost), fallback="lost_record")
-        sequence.failure = DependencyError(
-            f"blocks {sorted(lost)} of this request were lost from the cold pool; send it again", None, 1.0
-        )
 
     def _pinned_from(self, sequence: Sequence) -> int:
         return num_candidates(sequence, self._parts.settings, self._parts.geometry)
@@ -255,7 +265,3 @@ class Residency:
             resident_blocks=sequence.resident.num_resident,
         )
         question.span.end()
-
-
-def _only(ids: dict[int, int], kept: Iterable[int]) -> dict[int, int]:
-    return {idx: ids[idx] for idx in kept if idx in ids}

@@ -72,13 +72,13 @@ class DeviceHoldings:
 class ArenaHoldings:
     """What a sequence holds in the arena: leased records by block, and slots still to be written.
 
-    `num_started` counts the blocks whose write-back has begun, `in_flight` transfers not yet published.
+    `num_started` counts the blocks whose write-back has begun; `writing` are slots not yet published.
     """
 
     ref_by_block: dict[int, SlotRef] = field(default_factory=dict)
     empty: list[SlotRef] = field(default_factory=list)
     resume_refs: list[SlotRef] = field(default_factory=list)
-    in_flight: int = 0
+    writing: list[SlotRef] = field(default_factory=list)
     num_started: int = 0
 
     @property
@@ -91,7 +91,7 @@ class ArenaHoldings:
 
     def all_refs(self) -> list[SlotRef]:
         """Every slot held."""
-        return [*self.ref_by_block.values(), *self.empty, *self.resume_refs]
+        return [*self.ref_by_block.values(), *self.empty, *self.writing, *self.resume_refs]
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,10 @@ class Sequence:
     arrived_s: float = field(default_factory=time.monotonic)
     incarnation: int = field(default_factory=lambda: secrets.randbits(62))
     phase: Phase = Phase.WAITING
-    cancelled: bool = False
     tokens: list[int] = field(default_factory=list)
     num_processed: int = 0
     cached_tokens: int = 0
     clean: bool = True
-    failure: ForepageError | None = None
     grant: Future[Grant] | None = None
     prefix_load: Future[None] | None = None
     last_refusal: ForepageError | None = None
@@ -171,6 +169,11 @@ class Sequence:
         return self.request.mode is ResidencyMode.EXACT or (
             self.request.mode is ResidencyMode.GUARDED and self.guard.exact
         )
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether `exact` is granted: every key stays, absent rows are pulled."""
+        return self.is_exact and not self.lookahead.want_exact
 
     @property
     def mode_now(self) -> ResidencyMode:

@@ -84,8 +84,8 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         )
 
     async def drained(self) -> None:
-        """Until no sequence is left; the loop counts them on its own thread, so this polls."""
-        while self._loop.num_sequences:  # noqa: ASYNC110
+        """Until no sequence is left or the loop broke; it counts them on its own thread, so this polls."""
+        while self._loop.num_sequences and self._loop.broken is None:  # noqa: ASYNC110
             await asyncio.sleep(IDLE_POLL_S)
 
     def _sequence(

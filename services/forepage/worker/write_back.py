@@ -4,6 +4,7 @@ A block may be dropped from the device once its record is complete in the arena.
 manager is away, publications wait; the blocks stay on the device.
 """
 
+import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from forepage.worker.gpu_blocks import NO_ARENA
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Phase, Sequence, Snapshot
 
+RETRY_S = 0.25
+"""Between two tries to publish while the manager is away."""
+
 
 @dataclass
 class _Transfer:
@@ -27,6 +31,7 @@ class _Transfer:
     block_idx: list[int]
     copied: list[Future[int]] | Future[list[int]]
     published: Future[list[SlotRef]] | None = None
+    retry_at_s: float = 0.0
 
 
 class WriteBack:
@@ -111,13 +116,15 @@ class WriteBack:
         self._transfers = [transfer for transfer in self._transfers if not self._advance(transfer)]
 
     def _start(self, transfer: _Transfer) -> None:
-        transfer.sequence.arena.in_flight += 1
+        transfer.sequence.arena.writing.extend(record.slot for record in transfer.records)
         self._transfers.append(transfer)
 
     def _advance(self, transfer: _Transfer) -> bool:
         """Whether the transfer is over."""
         sequence = transfer.sequence
         if transfer.published is None:
+            if time.monotonic() < transfer.retry_at_s:
+                return False
             sums = _checksums(transfer.copied)
             if sums is not None:
                 records = [
@@ -134,13 +141,19 @@ class WriteBack:
             self._parts.log.warning("publication failed; will be tried again", error=str(error))
             self._parts.telemetry.count(MetricName.FALLBACKS, fallback="publish_retry")
             transfer.published = None
+            transfer.retry_at_s = time.monotonic() + RETRY_S
             return sequence.phase is Phase.DONE and self._abandon(transfer)
+        self._end(transfer)
         self._take(sequence, transfer.block_idx, refs)
         return True
 
+    def _end(self, transfer: _Transfer) -> None:
+        """The slots are no longer being written: they are records, or go back unpublished."""
+        for record in transfer.records:
+            transfer.sequence.arena.writing.remove(record.slot)
+
     def _take(self, sequence: Sequence, block_idx: Seq[int], refs: Seq[SlotRef]) -> None:
         arena = sequence.arena
-        arena.in_flight -= 1
         if not block_idx:
             arena.resume_refs.extend(refs)
             return
@@ -154,9 +167,8 @@ class WriteBack:
 
     def _abandon(self, transfer: _Transfer) -> bool:
         """The sequence is gone and the manager too: its slots go back when the leases are announced."""
-        arena = transfer.sequence.arena
-        arena.in_flight -= 1
-        arena.empty.extend(record.slot for record in transfer.records)
+        self._end(transfer)
+        transfer.sequence.arena.empty.extend(record.slot for record in transfer.records)
         return True
 
 

@@ -1,0 +1,156 @@
+"""What only a chat takes: messages, tools, and how hard to think."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    model_validator,
+)
+
+from forepage.gateway.schemas import INT32_MAX, MAX_TOP_LOGPROBS, Fields, GenerationBody, Off, Text, encodable
+from forepage.text.dsml import to_json
+from forepage.text.messages import Task
+
+MAX_TOOLS = 1024
+FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
+"""Wider than OpenAI's; nothing in it needs escaping in a tag."""
+
+
+def _plain_text(value: Any) -> Any:
+    if value is not None and value != {"type": "text"}:
+        raise ValueError("only text is supported: leave it out")
+    return value
+
+
+def _free_choice(value: Any) -> Any:
+    if value not in (None, "none", "auto"):
+        raise ValueError("only none and auto are supported yet: which tool is called can't be forced")
+    return value
+
+
+class TextPart(Fields):
+    """A part of a message's content; only text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCallFields(Fields):
+    """What was called; `arguments` is a JSON object as text."""
+
+    name: str = Field(pattern=FUNCTION_NAME)
+    arguments: Text
+
+
+class ToolCallFields(Fields):
+    """A call of an assistant."""
+
+    id: Text = Field(min_length=1, max_length=256)
+    type: Literal["function"] | None = None
+    function: FunctionCallFields
+
+
+class ChatMessageFields(Fields):
+    """A message; what goes with which role is checked in `conversation`."""
+
+    role: str
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
+    tool_calls: list[ToolCallFields] | None = None
+    tool_call_id: Text | None = None
+    task: Annotated[Task, Field(strict=False)] | None = Field(
+        None, description="extension: a short auxiliary answer; only with the last message"
+    )
+    extracted_url: Text | None = Field(None, description="extension: what task read_url asks about")
+    function_call: Off = None
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The content's texts."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return None if self.content is None else [part.text for part in self.content]
+
+
+class FunctionFields(Fields):
+    """A tool that may be called. The model is shown all of it as the client wrote it, unknown fields too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(pattern=FUNCTION_NAME)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    _as_sent: dict[str, Any]
+
+    @property
+    def as_sent(self) -> dict[str, Any]:
+        """The JSON object of the request."""
+        return self._as_sent
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        fields = handler(value)
+        try:
+            encodable(to_json(value))
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        fields._as_sent = value
+        return fields
+
+
+class ToolFields(Fields):
+    """A tool; only functions."""
+
+    type: Literal["function"]
+    function: FunctionFields
+
+
+class ChatTemplateFields(Fields):
+    """Switches of the chat layout (`chat_template_kwargs`); ones that we don't have are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    thinking: bool | None = Field(None, description="reason before the answer")
+    drop_thinking: bool | None = Field(
+        None, description="true unless said: reasoning from before the last user message is left out"
+    )
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions"""
+
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: list[ChatMessageFields] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, BeforeValidator(_free_choice)] = None
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
+    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None = None
+    chat_template_kwargs: ChatTemplateFields | None = Field(
+        None, description="extension, as in vLLM and SGLang"
+    )
+    functions: Off = None
+    response_format: Annotated[Any, AfterValidator(_plain_text)] = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """Most tokens the client wants; the newer name wins."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """As asked."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[ToolFields]:
+        """Tools that may be called in this answer."""
+        return [] if self.tool_choice == "none" else self.tools or []
