@@ -6,6 +6,7 @@ change here, or workers would reuse blocks that they misread.
 """
 
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -57,8 +58,9 @@ def entry(name: str, dims: int) -> list[float]:
 
 
 def nearest(x: Fraction, values: list[Fraction]) -> int:
-    """Index of the value nearest to |x|; ties to the even index."""
-    return min(range(len(values)), key=lambda code: (abs(values[code] - abs(x)), code % 2))
+    """Index of the value nearest to |x| in ascending values; ties to the even index."""
+    above = min(bisect_left(values, abs(x)), len(values) - 1)
+    return min(max(above - 1, 0), above, key=lambda code: (abs(values[code] - abs(x)), code % 2))
 
 
 def scale_exponent(values: list[float], largest: int, floor: Fraction) -> int:

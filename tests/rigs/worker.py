@@ -230,12 +230,16 @@ class WorkerRig:
             budget_blocks=budget_blocks,
             cache_salt=salt,
         )
+        return self.submit_request(request)
+
+    def submit_request(self, request: Request) -> Running:
+        """Queue a request as it is."""
         events: list[pb.GenerateEvent] = []
         sequence = Sequence.start(
             request,
             emit=events.append,
             span=self.parts.telemetry.start_span(SpanName.WORKER_GENERATE),
-            hasher=PrefixHasher("rig", self.parts.geometry.block_tokens, salt),
+            hasher=PrefixHasher("rig", self.parts.geometry.block_tokens, request.cache_salt),
             settings=self.parts.settings,
         )
         self.loop.submit(sequence)

@@ -215,7 +215,9 @@ async def test_v4_tokenizer_serves_tasks_and_max_effort(
     (tmp_path / "reasoning_effort_max.txt").write_text("Try hard.\n")
     gateway = await open_gateway(worker, folder=tmp_path)
     asked = [{"role": "user", "content": "Q", "task": "read_url", "extracted_url": "http://x/"}]
-    await gateway.client.post(PATH, json=chat(messages=asked))
+    switches = {"thinking": True}
+    reply = await gateway.client.post(PATH, json=chat(messages=asked, chat_template_kwargs=switches))
+    assert "reasoning_content" not in reply.json()["choices"][0]["message"]
     await gateway.client.post(PATH, json=chat("Q", reasoning_effort="max"))
     found = [
         v4_oracle().decode(list(item.prompt_token_ids), skip_special_tokens=False) for item in worker.requests

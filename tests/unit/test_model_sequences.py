@@ -1,6 +1,6 @@
 """Sequences on the pools: paged equals resident, absent memory is never read, resume equals going on.
 
-The seeded model in its fp8 KV format. Every pool starts as NaN, so one read of a place that nothing was
+The seeded model with fp8 rows and either format of keys. Every pool starts as NaN, so one read of a place that nothing was
 stored in makes the logits NaN.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import forepage.model
 from forepage.errors import IntegrityError, ModelFormatError
-from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.kv_pools import NAN_BYTE, DecodeBatch, KvPools, PoolCapacity, PrefillChunk
 from forepage.model.resume import restore, snapshot
 from forepage.model.spec import ModelSpec, read_config
@@ -48,10 +48,11 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def transformer() -> Transformer:
+@pytest.fixture(scope="module", params=[KeyFormat.FP8, KeyFormat.MXFP4])
+def transformer(request: pytest.FixtureRequest) -> Transformer:
     weights = seeded_weights(SPEC, 0, dtype=torch.float32, device=CPU)
-    return Transformer(SPEC, GEOMETRY, weights, CPU, target_layers=SPEC.c4_layers)
+    geometry = KvGeometry.from_config(CONFIG, KvFormat.FP8, request.param)
+    return Transformer(SPEC, geometry, weights, CPU, target_layers=SPEC.c4_layers)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def world(transformer: Transformer) -> World:
     capacity = PoolCapacity(
         count, row_blocks=blocks + count * STAGING_BLOCKS, key_blocks=blocks, c128_blocks=blocks
     )
-    pools = KvPools.poisoned(GEOMETRY, capacity, CPU)
+    pools = KvPools.poisoned(transformer.geometry, capacity, CPU)
     # Interleaved ids: sequence b has blocks b, b + count, ...; a wrong table row reads another's block.
     table = torch.arange(blocks, dtype=torch.int32).view(NUM_BLOCKS, count).T.contiguous()
     for sequence, num_tokens in enumerate(PROMPTS):
@@ -70,9 +71,9 @@ def world(transformer: Transformer) -> World:
         for start in range(0, num_tokens, 256):
             chunk = PrefillChunk(sequence, start, row, row, row)
             transformer.prefill(text(sequence)[start : min(start + 256, num_tokens)], chunk, pools)
-    arena = torch.full((blocks * GEOMETRY.slot_bytes,), NAN_BYTE, dtype=torch.uint8)
-    records = arena.view(blocks, GEOMETRY.slot_bytes)
-    records[:, : GEOMETRY.rows_bytes] = pools.rows[:blocks]
+    arena = torch.full((blocks * transformer.geometry.slot_bytes,), NAN_BYTE, dtype=torch.uint8)
+    records = arena.view(blocks, transformer.geometry.slot_bytes)
+    records[:, : transformer.geometry.rows_bytes] = pools.rows[:blocks]
     batch = DecodeBatch(
         slots=torch.arange(count),
         positions=torch.tensor(PROMPTS),
@@ -80,7 +81,7 @@ def world(transformer: Transformer) -> World:
         key_table=table,
         c128_table=table,
         staging=torch.arange(blocks, blocks + count * STAGING_BLOCKS).view(count, STAGING_BLOCKS),
-        arena_offsets=table.long() * GEOMETRY.slot_bytes,
+        arena_offsets=table.long() * transformer.geometry.slot_bytes,
     )
     return World(pools, batch, arena)
 
@@ -221,7 +222,7 @@ def test_decode_continues_what_prefill_would_have_said(transformer: Transformer,
         table = world.batch.row_table[sequence]
         whole = text(sequence)[: num_tokens + NUM_STEPS]
         fresh = KvPools.poisoned(
-            GEOMETRY, PoolCapacity(1, len(table) * 4, len(table) * 4, len(table) * 4), CPU
+            transformer.geometry, PoolCapacity(1, len(table) * 4, len(table) * 4, len(table) * 4), CPU
         )
         place = PrefillChunk(0, 0, table, table, table)
         expected = transformer.prefill(whole, place, fresh, all_logits=True).logits[num_tokens:]
@@ -232,10 +233,10 @@ def test_decode_continues_what_prefill_would_have_said(transformer: Transformer,
 
 def test_bf16_model_stays_close_to_fp32(transformer: Transformer) -> None:
     weights = seeded_weights(SPEC, 0, dtype=torch.bfloat16, device=CPU)
-    narrow = Transformer(SPEC, GEOMETRY, weights, CPU)
+    narrow = Transformer(SPEC, transformer.geometry, weights, CPU)
     logits = []
     for model in (transformer, narrow):
-        pools = KvPools.poisoned(GEOMETRY, PoolCapacity(1, 2, 2, 2), CPU)
+        pools = KvPools.poisoned(transformer.geometry, PoolCapacity(1, 2, 2, 2), CPU)
         table = torch.arange(2, dtype=torch.int32)
         place = PrefillChunk(0, 0, table, table, table)
         model.prefill(text(0)[:300], place, pools)
@@ -256,21 +257,21 @@ def test_bf16_model_stays_close_to_fp32(transformer: Transformer) -> None:
 @pytest.mark.parametrize("num_tokens", [256, 768])
 def test_resumed_sequence_continues_bit_for_bit(transformer: Transformer, num_tokens: int) -> None:
     rest = (100, 40)  # more prefill, then decode steps
-    num_blocks = GEOMETRY.num_blocks(num_tokens + sum(rest))
+    num_blocks = transformer.geometry.num_blocks(num_tokens + sum(rest))
     capacity = PoolCapacity(2, row_blocks=num_blocks, key_blocks=num_blocks, c128_blocks=num_blocks)
     table = torch.arange(num_blocks, dtype=torch.int32)
-    first = KvPools.poisoned(GEOMETRY, capacity, CPU)
+    first = KvPools.poisoned(transformer.geometry, capacity, CPU)
     for start in range(0, num_tokens, 128):
         place = PrefillChunk(0, start, table, table, table)
         transformer.prefill(text(0)[start : start + 128], place, first)
-    payload = snapshot(first, 0, num_tokens, GEOMETRY)
-    assert payload.shape == (GEOMETRY.resume_bytes,)
+    payload = snapshot(first, 0, num_tokens, transformer.geometry)
+    assert payload.shape == (transformer.geometry.resume_bytes,)
 
-    second = KvPools.poisoned(GEOMETRY, capacity, CPU)
+    second = KvPools.poisoned(transformer.geometry, capacity, CPU)
     moved = table.flip(0).contiguous()
     for pool in ("rows", "keys", "c128"):
         getattr(second, pool)[moved.long()] = getattr(first, pool)
-    restore(second, 1, num_tokens, GEOMETRY, payload)
+    restore(second, 1, num_tokens, transformer.geometry, payload)
     theirs = go_on(transformer, first, slot=0, table=table, start=num_tokens, rest=rest)
     ours = go_on(transformer, second, slot=1, table=moved, start=num_tokens, rest=rest)
     assert torch.equal(theirs, ours)

@@ -136,9 +136,10 @@ def _context_of(worker: WorkerClient) -> int:
 def reading_of(body: GenerationBody) -> Reading:
     """How the answers to this body are read."""
     chat = body if isinstance(body, ChatBody) else None
+    is_task = chat is not None and chat.messages[-1].task is not None  # its answer holds no reasoning
     return Reading(
         stops=body.stops,
-        mode=thinking_mode(chat) if chat else ThinkingMode.CHAT,
+        mode=ThinkingMode.CHAT if chat is None or is_task else thinking_mode(chat),
         with_tools=chat is not None and bool(chat.offered_tools),
         max_calls=1 if chat and chat.parallel_tool_calls is False else None,
         num_top_logprobs=body.num_top_logprobs,

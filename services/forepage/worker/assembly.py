@@ -15,6 +15,7 @@ from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
 from forepage.settings import ModelSettings, Settings, WorkerSettings
 from forepage.telemetry import Telemetry
+from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.copy_engine import CopyEngine
 from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
 from forepage.worker.parts import ArenaPort, IndexPort, WorkerParts
@@ -48,6 +49,10 @@ class ModelFolder:
             geometry=geometry,
             fingerprint=model_fingerprint(settings.path, geometry.format),
         )
+
+    def grammar(self) -> GrammarTokenizer:
+        """For constrained text; reads the tokenizer when it is first needed."""
+        return GrammarTokenizer(self.settings.path, vocab_size=self.spec.vocab_size, eos=self.eos)
 
     def card(self, settings: WorkerSettings) -> WorkerFrame:
         """How a worker with this model shows itself in the directory."""

@@ -10,7 +10,7 @@ from forepage.telemetry import MetricName
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import held_quota
-from forepage.worker.sampler import sample
+from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Sequence, StepTap
 from forepage.worker.write_back import WriteBack
 
@@ -34,8 +34,8 @@ class Decode:
         holds, held = sequence.holds, held_quota(self._parts, sequence)
         return held.rows < holds.row_promise and held.keys < holds.key_promise
 
-    def step(self, batch: Seq[Sequence]) -> list[int]:
-        """Process each sequence's newest token; the sampled next tokens, in order."""
+    def step(self, batch: Seq[Sequence]) -> list[Pick]:
+        """Process each sequence's newest token; the next tokens picked, in order."""
         parts = self._parts
         for sequence in batch:
             self._grow(sequence)
@@ -46,9 +46,7 @@ class Decode:
         output = parts.model.decode(
             tokens, parts.blocks.decode_batch(slots, positions), parts.blocks.pools, self._arena
         )
-        sampled = sample(
-            output.logits, [s.request.sampling for s in batch], [position + 1 for position in positions]
-        )
+        picks = sample(output.logits, [s.sampling_row(s.num_processed + 1) for s in batch])
         pulled, unserved = output.pulled_rows.tolist(), output.unserved_rows.tolist()
         if any(unserved):
             raise IntegrityError(f"{sum(unserved)} selected rows were neither resident nor pulled")
@@ -60,7 +58,7 @@ class Decode:
                 parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
             self._finish_block(sequence)
             self._lookahead.after_step(sequence, StepTap(output.hidden[row], output.indexer, row))
-        return sampled
+        return picks
 
     def _grow(self, sequence: Sequence) -> None:
         resident, blocks = sequence.resident, self._parts.blocks

@@ -33,7 +33,7 @@ from forepage.worker.prefill import Prefill, PrefillEnd
 from forepage.worker.questions import num_candidates
 from forepage.worker.quota import shrink_promise
 from forepage.worker.residency import Residency
-from forepage.worker.sampler import sample
+from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Phase, Sequence
 from forepage.worker.usage import residency_report
 from forepage.worker.write_back import WriteBack
@@ -184,8 +184,7 @@ class Loop:
         end = self._prefill.step(sequence)
         if end is None:
             return
-        token = sample(end.logits, [sequence.request.sampling], [sequence.num_processed])[0]
-        self._emit_token(sequence, token)
+        self._emit_token(sequence, sample(end.logits, [sequence.sampling_row(sequence.num_processed)])[0])
         if sequence.phase is Phase.PREFILL:
             self._begin_decode(sequence, end)
 
@@ -229,10 +228,11 @@ class Loop:
         for sequence, token in zip(batch, self._decode.step(batch), strict=True):
             self._emit_token(sequence, token)
 
-    def _emit_token(self, sequence: Sequence, token: int) -> None:
-        sequence.tokens.append(token)
-        sequence.emit(pb.GenerateEvent(tokens=pb.Tokens(token_ids=[token])))
-        if token in sequence.request.stop_token_ids:
+    def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
+        sequence.take_token(pick.token)
+        sequence.emit(_tokens(pick))
+        is_complete = sequence.constraint is not None and sequence.constraint.is_complete
+        if is_complete or pick.token in sequence.request.stop_token_ids:
             self._finish(sequence, pb.FINISH_REASON_STOP)
         elif sequence.num_generated >= sequence.request.max_tokens:
             self._finish(sequence, pb.FINISH_REASON_LENGTH)
@@ -343,6 +343,15 @@ class Loop:
 
 def _shutting_down() -> DependencyError:
     return DependencyError("the worker is shutting down", None, 1.0)
+
+
+def _tokens(pick: Pick) -> pb.GenerateEvent:
+    tokens = pb.Tokens(token_ids=[pick.token])
+    if pick.logprob is not None:
+        tokens.chosen.add(token_id=pick.token, logprob=pick.logprob)
+        for token, logprob in pick.top:
+            tokens.top.add(token_id=token, logprob=logprob)
+    return pb.GenerateEvent(tokens=tokens)
 
 
 def _started(sequence: Sequence) -> pb.GenerateEvent:

@@ -128,8 +128,6 @@ class Report:
             prefetch_bytes=self.prefetch_bytes,
             kv_footprint=self.footprint.value or 0.0,
             c4_footprint=self.c4_footprint.value or 0.0,
-            prefetch_latency_ms_mean=self.latency_ms.value or 0.0,
-            prefetch_latency_ms_max=self.latency_ms.largest,
             prefill_workspace_blocks=self.workspace_blocks,
             full_steps=self.full_steps,
             paged_steps=self.paged_steps,
@@ -142,6 +140,8 @@ class Report:
             ("evidence_recall_low95", self.recall.low95),
             ("missed_mass_mean", self.missed_mass.value),
             ("recall_at_k_mean", self.recall_at_k.value),
+            ("prefetch_latency_ms_mean", self.latency_ms.value),
+            ("prefetch_latency_ms_max", self.latency_ms.largest if self.latency_ms.count else None),
         ):
             if value is not None:
                 setattr(report, name, value)

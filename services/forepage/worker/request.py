@@ -13,6 +13,8 @@ MODE_OF_PROTO: dict[pb.ResidencyMode, ResidencyMode] = {
     pb.RESIDENCY_MODE_GUARDED: ResidencyMode.GUARDED,
     pb.RESIDENCY_MODE_EXACT: ResidencyMode.EXACT,
 }
+MAX_LOGPROBS = 20
+"""Log-probabilities a token beside the chosen one's, as OpenAI allows."""
 PROTO_OF_MODE = {mode: number for number, mode in MODE_OF_PROTO.items()}
 
 
@@ -29,6 +31,8 @@ class Request:
     min_recall: float
     budget_blocks: int
     cache_salt: str
+    json_schema: str | None = None
+    free_until: int | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -55,9 +59,6 @@ class Request:
                 f"{settings.max_context_tokens}; shorten the prompt or lower max_tokens",
                 "prompt_token_ids",
             )
-        _check_range("temperature", how.temperature, 0.0, 100.0)
-        _check_range("top_p", how.top_p, 0.0, 1.0)
-        _check_range("min_p", how.min_p, 0.0, 1.0)
         min_recall = residency.min_recall if residency.HasField("min_recall") else settings.min_recall
         _check_range("forepage.min_recall", min_recall, 0.0, 1.0)
         budget = residency.budget_blocks if residency.HasField("budget_blocks") else settings.budget_blocks
@@ -67,14 +68,39 @@ class Request:
         return cls(
             request_id=message.request_id,
             prompt=prompt,
-            sampling=Sampling(how.temperature, how.top_p or 1.0, how.top_k, how.min_p, how.seed),
+            sampling=_sampling(how),
             max_tokens=how.max_tokens,
             stop_token_ids=frozenset(stop),
             mode=MODE_OF_PROTO.get(residency.mode, settings.default_mode),
             min_recall=min_recall,
             budget_blocks=budget,
             cache_salt=message.cache_salt,
+            json_schema=how.json_schema if how.HasField("json_schema") else None,
+            free_until=how.free_until_token_id if how.HasField("free_until_token_id") else None,
         )
+
+
+def _sampling(how: pb.Sampling) -> Sampling:
+    _check_range("temperature", how.temperature, 0.0, 100.0)
+    _check_range("top_p", how.top_p, 0.0, 1.0)
+    _check_range("min_p", how.min_p, 0.0, 1.0)
+    _check_range("presence_penalty", how.presence_penalty, -2.0, 2.0)
+    _check_range("frequency_penalty", how.frequency_penalty, -2.0, 2.0)
+    repetition = how.repetition_penalty or 1.0
+    _check_range("repetition_penalty", repetition, 0.01, 100.0)
+    if how.num_logprobs > MAX_LOGPROBS:
+        raise RequestError(f"at most {MAX_LOGPROBS} logprobs a token", "top_logprobs")
+    return Sampling(
+        temperature=how.temperature,
+        top_p=how.top_p or 1.0,
+        top_k=how.top_k,
+        min_p=how.min_p,
+        seed=how.seed,
+        presence_penalty=how.presence_penalty,
+        frequency_penalty=how.frequency_penalty,
+        repetition_penalty=repetition,
+        num_logprobs=how.num_logprobs if how.logprobs else None,
+    )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,8 +1,14 @@
-"""Picks the next token. Randomness is a function of (seed, position), so a replay gives the same text."""
+"""Picks the next token. Randomness is a function of (seed, position), so a replay gives the same text.
+
+Order: penalties, then the constraint's mask, then temperature, top_k, top_p, min_p. Log-probabilities are
+the model's own, before any of it. Penalties as OpenAI defines presence and frequency (over generated
+tokens) and as CTRL defines repetition (over prompt and generated tokens).
+"""
 
 import hashlib
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,18 +23,55 @@ class Sampling:
     top_k: int
     min_p: float
     seed: int
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    num_logprobs: int | None = None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether what was said before matters."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
-def sample(logits: Tensor, sampling: Seq[Sampling], positions: Seq[int]) -> list[int]:
-    """Next token of each row. Shapes: logits f32 [B, V]; positions are those the new tokens will have."""
-    picked = logits.argmax(dim=-1)  # [B]
-    random_rows = [row for row, how in enumerate(sampling) if how.temperature > 0]
+@dataclass(frozen=True)
+class Row:
+    """One sequence's turn: its parameters, the position the new token will have, and what was said before.
+
+    `generated` counts generated tokens, `seen` are the distinct tokens of prompt and answer; both are
+    read only with a penalty. `mask` is a little-endian bitmap of the tokens that may come, none: all.
+    """
+
+    sampling: Sampling
+    position: int
+    generated: Mapping[int, int] = field(default_factory=dict)
+    seen: frozenset[int] | set[int] = frozenset()
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The next token; with log-probabilities if they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, rows: Seq[Row]) -> list[Pick]:
+    """Next token of each row. Shapes: logits f32 [B, V]; a row's result does not depend on the others."""
+    shaped = _shaped(logits, rows)
+    picked = shaped.argmax(dim=-1)  # [B]
+    random_rows = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if random_rows:
-        chosen = [sampling[row] for row in random_rows]
-        draws = [uniform(sampling[row].seed, positions[row]) for row in random_rows]
+        chosen = [rows[index] for index in random_rows]
         index = torch.tensor(random_rows, device=logits.device)
-        picked[index] = _draw(logits[index], chosen, draws)
-    return [int(token) for token in picked.tolist()]
+        picked[index] = _draw(shaped[index], chosen)
+    tokens = [int(token) for token in picked.tolist()]
+    return [
+        _with_logprobs(logits[at], row.sampling, token)
+        for at, (row, token) in enumerate(zip(rows, tokens, strict=True))
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -38,12 +81,45 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _draw(logits: Tensor, sampling: Seq[Sampling], draws: Seq[float]) -> Tensor:
+def _shaped(logits: Tensor, rows: Seq[Row]) -> Tensor:
+    """Logits after penalties and masks; the same tensor when no row has any."""
+    special = [at for at, row in enumerate(rows) if row.sampling.has_penalty or row.mask is not None]
+    if not special:
+        return logits
+    shaped = logits.clone()
+    for at in special:
+        row = rows[at]
+        if row.sampling.has_penalty:
+            _penalise(shaped[at], row)
+        if row.mask is not None:
+            bits = torch.frombuffer(bytearray(row.mask), dtype=torch.uint8)
+            allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()
+            shaped[at].masked_fill_(~allowed[: logits.shape[1]].bool().to(logits.device), -torch.inf)
+    return shaped
+
+
+def _penalise(logits: Tensor, row: Row) -> None:
+    """In place, one row: repetition over everything seen, presence and frequency over what was generated."""
+    how = row.sampling
+    if how.repetition_penalty != 1.0 and row.seen:
+        seen = torch.tensor(sorted(row.seen), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / how.repetition_penalty, values * how.repetition_penalty
+        )
+    if row.generated:
+        tokens = torch.tensor(list(row.generated), device=logits.device)
+        counts = torch.tensor(list(row.generated.values()), dtype=logits.dtype, device=logits.device)
+        logits[tokens] -= how.presence_penalty + how.frequency_penalty * counts
+
+
+def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
     """Inverse of the cumulative distribution over tokens by falling probability. [R, V] -> [R]."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
+    sampling = [row.sampling for row in rows]
     scaled = logits.double() / column([how.temperature for how in sampling])
     probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # [R, V]
     rank = torch.arange(probs.shape[-1], device=logits.device)[None, :]
@@ -51,10 +127,19 @@ def _draw(logits: Tensor, sampling: Seq[Sampling], draws: Seq[float]) -> Tensor:
     keep = rank < column([float(how.top_k or vocab) for how in sampling])
     keep &= (probs.cumsum(-1) - probs) < column([how.top_p for how in sampling])
     keep &= probs >= column([how.min_p for how in sampling]) * probs[:, :1]
+    keep &= probs > 0  # what a mask forbids
     keep[:, 0] = True
-    kept = probs * keep
-    cumulative = kept.cumsum(-1)  # [R, V]
-    target = column(list(draws)) * cumulative[:, -1:]
+    cumulative = (probs * keep).cumsum(-1)  # [R, V]
+    target = column([uniform(row.sampling.seed, row.position) for row in rows]) * cumulative[:, -1:]
     index = (cumulative <= target).sum(-1, keepdim=True)  # first column above the target
     last = keep.sum(-1, keepdim=True) - 1
     return order.gather(-1, torch.minimum(index, last)).squeeze(-1)
+
+
+def _with_logprobs(logits: Tensor, how: Sampling, token: int) -> Pick:
+    if how.num_logprobs is None:
+        return Pick(token)
+    logprobs = logits.float().log_softmax(dim=-1)  # [V]
+    best = logprobs.topk(min(how.num_logprobs, logprobs.numel()))
+    top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Pick(token, float(logprobs[token]), tuple((int(other), float(value)) for other, value in top))

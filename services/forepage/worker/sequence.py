@@ -8,6 +8,7 @@ PAUSED is a decode that waits for room to escalate or to grow.
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
@@ -27,9 +28,11 @@ from forepage.model.indexer import IndexerTap
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
 from forepage.worker.arena_access import Grant
+from forepage.worker.constraint import Constraint
 from forepage.worker.lookahead_state import LookaheadState
 from forepage.worker.report import Report
 from forepage.worker.request import Request
+from forepage.worker.sampler import Row
 
 Emit = Callable[[pb.GenerateEvent], None]
 
@@ -133,6 +136,9 @@ class Sequence:
     arena: ArenaHoldings = field(default_factory=ArenaHoldings)
     lookahead: LookaheadState = field(default_factory=LookaheadState)
     report: Report = field(default_factory=Report)
+    constraint: Constraint | None = None
+    generated: Counter[int] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
@@ -145,7 +151,8 @@ class Sequence:
             budget_blocks=request.budget_blocks,
             clean_intervals=settings.clean_intervals,
         )
-        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt))
+        seen = set(request.prompt) if request.sampling.has_penalty else set()
+        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen)
 
     @property
     def holds(self) -> DeviceHoldings:
@@ -162,6 +169,20 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def sampling_row(self, position: int) -> Row:
+        """Its turn in the sampler; `position` is the one the new token will have."""
+        mask = self.constraint.mask() if self.constraint is not None else None
+        return Row(self.request.sampling, position, self.generated, self.seen, mask)
+
+    def take_token(self, token: int) -> None:
+        """The next token: what later ones depend on changes here alone."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
+        if self.request.sampling.has_penalty:
+            self.generated[token] += 1
+            self.seen.add(token)
 
     @property
     def is_exact(self) -> bool:

@@ -65,7 +65,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         stack.callback(parts.copies.close)
         loop = Loop(parts, arena)
         identity = folder.card(settings.worker)
-        servicer = DecodeWorker(loop, parts, identity, eos=folder.eos)
+        servicer = DecodeWorker(loop, parts, identity, folder.grammar(), eos=folder.eos)
         loop.start()
         async with _beside(index.run(), client.watch(), keep_card(settings, identity)):
             await _serve(settings, stop, loop, servicer, identity)

@@ -15,6 +15,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import abort, metadata_of
 from forepage.telemetry import SpanName, incoming_context
+from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.loop import Loop
 from forepage.worker.parts import WorkerParts
 from forepage.worker.request import PROTO_OF_MODE, Request
@@ -26,10 +27,13 @@ IDLE_POLL_S = 0.05
 class DecodeWorker(rpc.DecodeWorkerServicer):
     """Requests in, events out; everything in between is the loop's."""
 
-    def __init__(self, loop: Loop, parts: WorkerParts, identity: WorkerFrame, *, eos: int) -> None:
+    def __init__(
+        self, loop: Loop, parts: WorkerParts, identity: WorkerFrame, grammar: GrammarTokenizer, *, eos: int
+    ) -> None:
         self._loop = loop
         self._parts = parts
         self._identity = identity
+        self._grammar = grammar
         self._eos = eos
         self.draining = False
 
@@ -43,10 +47,12 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
             asked = Request.parse(
                 request, self._parts.settings, vocab_size=self._parts.model.spec.vocab_size, eos=self._eos
             )
+            constraint = await asyncio.to_thread(self._grammar.constraint_of, asked)
         except ForepageError as error:
             await abort(context, error)
         events: asyncio.Queue[pb.GenerateEvent] = asyncio.Queue()
         sequence = self._sequence(asked, events, metadata_of(context))
+        sequence.constraint = constraint
         self._loop.submit(sequence)
         try:
             while True:
