@@ -75,6 +75,7 @@ def parts(draw: st.DrawFn) -> tuple[str, slice, slice | None]:
     return NAMES[kind], rows, slice(left * unit, min(right * unit, shape[1]))
 
 
+@settings(max_examples=300)
 @given(part=parts())
 def test_a_part_is_that_part_of_the_whole(part: tuple[str, slice, slice | None]) -> None:
     name, rows, columns = part

@@ -1,7 +1,7 @@
 """Sequences on the pools: paged equals resident, absent memory is never read, resume equals going on.
 
-The seeded model with fp8 rows and either format of keys. Every pool starts as NaN, so one read of a place that nothing was
-stored in makes the logits NaN.
+The seeded model with fp8 rows and either format of keys. Every pool starts as NaN, so one read of a place
+that nothing was stored in makes the logits NaN.
 """
 
 from collections.abc import Iterator

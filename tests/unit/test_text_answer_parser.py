@@ -88,6 +88,14 @@ MALFORMED: dict[str, tuple[str, Gathered]] = {
         block(call("so: <b>", parameter("k", "v"), "and < more ")),
         Gathered(content="\nso: <b>\n\nand < more \n", calls=[("f", '{"k": "v"}')]),
     ),
+    "endless spaces": (
+        f"{OPEN}{INVOKE}{' ' * 2000}{parameter('k', 'v')}{END}{' ' * 2000}{CITY}",
+        Gathered(content=" " * 4000 + CITY, calls=[("f", '{"k": "v"}')]),
+    ),
+    "endless spaces before a call": (
+        f"{OPEN}{' ' * 2000}{CITY}",
+        Gathered(content=f"{OPEN}{' ' * 2000}{CITY}"),
+    ),
     "not JSON after all": (
         block(call(parameter("a", "True", False), parameter("b", "NaN", False), parameter("c", "", False))),
         Gathered(calls=[("f", '{"a": "True", "b": "NaN", "c": ""}')]),

@@ -1,7 +1,7 @@
 """Reads a checkpoint's tensors, or parts of them, from its files straight into their place.
 
 Plain file reads and no mapping: a mapped shard would count as this process's memory until it is closed.
-Beside the tensor itself only a tile of it is held (TILE_BYTES as stored, some times that while it is
+Beside the tensor itself only a tile of it is held (TILE_BYTES as stored, twenty times that while it is
 dequantised), so a load needs little more than what stays.
 """
 
@@ -19,7 +19,7 @@ from forepage.model.spec import ModelSpec
 from forepage.model.stored_form import DTYPE_BYTES, Form, Span, allowed_forms, scale_name
 from forepage.model.weight_table import weight_table
 
-TILE_BYTES = 4 << 20
+TILE_BYTES = 1 << 20
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,

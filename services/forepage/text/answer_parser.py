@@ -24,6 +24,8 @@ from forepage.text.messages import ThinkingMode
 from forepage.text.tokenizer import ControlToken
 
 SPACES = " \t\r\n"
+MAX_SPACES = 1024
+"""More between tags are not the markup's: a model that goes astray must not fill the buffer."""
 BLOCK_MARKS = (BEFORE_CALLS + CALLS_OPEN, BEFORE_CALLS[1:] + CALLS_OPEN)
 """A block with the newlines before it that belong to it."""
 CALL_ENDS = (INVOKE_CLOSE, CALLS_CLOSE)
@@ -144,6 +146,8 @@ class AnswerParser:
     def _block(self) -> bool:
         rest = self._buffer.lstrip(SPACES)
         spaces = len(self._buffer) - len(rest)
+        if spaces > MAX_SPACES:
+            return self._leave_block()
         if tag := read_tag(rest, INVOKE_OPEN):
             self._take(spaces + tag.length)
             self._begin_call(tag.attributes["name"])
@@ -155,7 +159,11 @@ class AnswerParser:
         is_open = may_become_tag(rest, INVOKE_OPEN) or _may_become(rest, CALLS_CLOSE)
         if is_open and not (self._is_last and (rest or self._undecided)):
             return False
-        self._say(self._undecided)  # no block after all; nor is what follows, unless it begins anew
+        return self._leave_block()
+
+    def _leave_block(self) -> bool:
+        """It is none after all; nor is what follows, unless it begins anew."""
+        self._say(self._undecided)
         self._undecided = ""
         self._state = _State.TEXT
         return True
@@ -163,7 +171,9 @@ class AnswerParser:
     def _call(self) -> bool:
         rest = self._buffer.lstrip(SPACES)
         spaces = len(self._buffer) - len(rest)
-        if tag := read_tag(rest, PARAMETER_OPEN):
+        if spaces > MAX_SPACES:
+            self._state = _State.STRAY
+        elif tag := read_tag(rest, PARAMETER_OPEN):
             self._take(spaces + tag.length)
             is_text = tag.attributes.get("string", "true").lower() != "false"
             self._begin_value(ValueKind.TEXT if is_text else ValueKind.JSON, tag.attributes["name"])
