@@ -4,6 +4,7 @@
 as NaN everywhere, so a read of a place that nothing was stored in fails every case.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -365,4 +366,4 @@ SUBJECTS = [
 
 def _worse(worst: float, difference: float) -> float:
     """The larger one; a NaN stays."""
-    return difference if not difference <= worst else worst
+    return difference if difference > worst or math.isnan(difference) else worst

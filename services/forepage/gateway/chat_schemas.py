@@ -3,7 +3,6 @@
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -18,12 +17,6 @@ from forepage.text.messages import Task
 MAX_TOOLS = 1024
 FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """Wider than OpenAI's; nothing in it needs escaping in a tag."""
-
-
-def _plain_text(value: Any) -> Any:
-    if value is not None and value != {"type": "text"}:
-        raise ValueError("only text is supported: leave it out")
-    return value
 
 
 def _free_choice(value: Any) -> Any:
@@ -121,6 +114,34 @@ class ChatTemplateFields(Fields):
     )
 
 
+class PlainFormat(Fields):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Fields):
+    """A JSON object, whatever its shape."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Fields):
+    """OpenAI's wrapping of a schema; the answer always keeps to it, `strict` or not."""
+
+    name: str = Field(pattern=FUNCTION_NAME)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Fields):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
@@ -138,12 +159,21 @@ class ChatBody(GenerationBody):
         None, description="extension, as in vLLM and SGLang"
     )
     functions: Off = None
-    response_format: Annotated[Any, AfterValidator(_plain_text)] = None
+    response_format: Annotated[
+        PlainFormat | JsonFormat | SchemaFormat | None, Field(discriminator="type")
+    ] = None
 
     @property
     def wanted_tokens(self) -> int | None:
         """Most tokens the client wants; the newer name wins."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """JSON schema that the answer must keep to; empty: any object."""
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {} if isinstance(self.response_format, JsonFormat) else None
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -27,6 +27,8 @@ def conversation_of(body: ChatBody) -> Conversation:
     _check_calls(messages)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.answer_schema is not None and body.offered_tools:
+        raise RequestError("a JSON answer can't be a tool call: leave out one of the two", "response_format")
     switches = body.chat_template_kwargs
     return Conversation(
         messages,
@@ -34,6 +36,7 @@ def conversation_of(body: ChatBody) -> Conversation:
         mode=thinking_mode(body),
         effort=EFFORT_OF.get(body.reasoning_effort or "", Effort.HIGH),
         drop_thinking=switches is None or switches.drop_thinking is not False,
+        response_format=body.answer_schema or None,
     )
 
 

@@ -89,8 +89,11 @@ class GenerationBody(Fields):
     cache_salt: Text | None = Field(
         None, max_length=256, description="extension: prefixes are shared only between equal salts"
     )
-    frequency_penalty: Off = None
-    presence_penalty: Off = None
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100.0, description="extension, as in vLLM: over prompt and answer"
+    )
     logit_bias: Off = None
 
     @property

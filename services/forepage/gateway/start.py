@@ -23,7 +23,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import GatewaySettings
 from forepage.telemetry import MetricName, Telemetry
 from forepage.text.chat import chat_parts, encode_parts, missing_token
-from forepage.text.dsml import Part
+from forepage.text.dsml import Part, to_json
 from forepage.text.messages import ThinkingMode
 from forepage.text.tokenizer import ControlToken, Tokenizer
 from forepage.text.wording import Wording
@@ -57,9 +57,7 @@ class Starter:
         ranked = rank_workers(prompt_ids, body.cache_salt or "", [item.load for item in by_id.values()])
         seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [
-            _generate_request(
-                body, prompt_ids, max_tokens, self.tokenizer.eos_id, seed=(seed + index) % 2**64
-            )
+            _generate_request(body, prompt_ids, max_tokens, self.tokenizer, seed=(seed + index) % 2**64)
             for index in range(body.num_choices)
         ]
         return requests, [by_id[item.worker_id] for item in ranked]
@@ -168,7 +166,7 @@ def _answer_room(body: GenerationBody, prompt_tokens: int, limit: int, default: 
 
 
 def _generate_request(
-    body: GenerationBody, prompt_ids: Sequence[int], max_tokens: int, eos_id: int, *, seed: int
+    body: GenerationBody, prompt_ids: Sequence[int], max_tokens: int, tokenizer: Tokenizer, *, seed: int
 ) -> pb.GenerateRequest:
     sampling = pb.Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -177,10 +175,17 @@ def _generate_request(
         min_p=body.min_p or 0.0,
         seed=seed,
         max_tokens=max_tokens,
-        stop_token_ids=() if body.ignore_eos else (eos_id,),
+        stop_token_ids=() if body.ignore_eos else (tokenizer.eos_id,),
         logprobs=body.num_top_logprobs is not None,
         num_logprobs=body.num_top_logprobs or 0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
     )
+    if isinstance(body, ChatBody) and body.answer_schema is not None:
+        sampling.json_schema = to_json(body.answer_schema)
+        if thinking_mode(body) is ThinkingMode.THINKING:
+            sampling.free_until_token_id = tokenizer.token_id(ControlToken.END_THINK)
     return pb.GenerateRequest(
         request_id=secrets.token_hex(16),
         prompt_token_ids=prompt_ids,

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from forepage.kv.geometry import KeyFormat, KvFormat
-from forepage.model.weights import weight_files
+from forepage.model.checkpoint import weight_files
 
 LAYOUT_VERSION = 1
 """Of the block records' content; another version's blocks are never reused."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forepage.model.spec import ModelSpec
+from forepage.model.weights import side_by_side
 
 DENSE_EXPERTS = 16
 """Up to so many experts, all run on all tokens: cheaper than sorting, which small models would feel."""
@@ -66,15 +67,14 @@ class MixtureOfExperts:
             spec=spec,
         )
 
-        def first(expert: str) -> Tensor:
-            return torch.cat([weights[f"{prefix}{expert}.{w}.weight"] for w in ("w1", "w3")])
-
-        experts = [f"experts.{e}" for e in range(spec.num_experts)]
+        experts = [f"{prefix}experts.{e}." for e in range(spec.num_experts)]
+        gate_and_up = [weights[f"{expert}{w}.weight"] for expert in experts for w in ("w1", "w3")]
+        shared = [weights[f"{prefix}shared_experts.{w}.weight"] for w in ("w1", "w3")]
         return cls(
             gate=gate,
-            w13=torch.stack([first(expert) for expert in experts]),
-            w2=torch.stack([weights[f"{prefix}{expert}.w2.weight"] for expert in experts]),
-            shared_w13=first("shared_experts"),
+            w13=side_by_side(gate_and_up).view(spec.num_experts, 2 * spec.expert_size, -1),
+            w2=side_by_side([weights[f"{expert}w2.weight"] for expert in experts]),
+            shared_w13=side_by_side(shared).flatten(0, 1),
             shared_w2=weights[f"{prefix}shared_experts.w2.weight"],
             spec=spec,
         )

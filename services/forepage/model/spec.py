@@ -165,6 +165,11 @@ class _Fields:
 
 def _refuse_other_models(config: Mapping[str, object]) -> None:
     model_type = config.get("model_type")
+    if model_type == "deepseek_v41":
+        raise ModelFormatError(
+            "config: model_type 'deepseek_v41' (DeepSeek-V4.1) is not supported: its attention is another "
+            "(KV shared across layers, two-level top-k, Engram)"
+        )
     if model_type != MODEL_TYPE:
         raise ModelFormatError(f"config: model_type {model_type!r} is not supported, only {MODEL_TYPE!r}")
     drafter = sorted(name for name in config if name.startswith(DSPARK_PREFIX))
