@@ -12,9 +12,10 @@ from forepage.coldpool.arena import Arena
 from forepage.coldpool.records import RecordInfo, RecordKind, SlotHeader, SlotRef, SlotState
 from forepage.kv.geometry import BLOCK_ENTRIES, KvFormat, KvGeometry
 from forepage.kv.ids import ArenaId
+from forepage.model.kv_pools import key_layout
 from forepage.model.spec import ModelSpec
 from forepage.settings import BUNDLED_MODEL
-from forepage_kernels.layout import KeyLayout, decode_keys, encode_keys
+from forepage_kernels.layout import decode_keys, encode_keys
 
 F64 = npt.NDArray[np.float64]
 CONFIG = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
@@ -38,7 +39,7 @@ class KeyArena:
         arena = Arena.create(path, slot_bytes=geometry.slot_bytes, num_slots=num_slots)
         shape = (num_slots, len(geometry.c4_layers), BLOCK_ENTRIES, geometry.index_dims)
         plain = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        layout = KeyLayout(BLOCK_ENTRIES, geometry.index_dims, geometry.format.value)
+        layout = key_layout(geometry)
         values, scales = encode_keys(plain.reshape(-1, geometry.index_dims), layout)
         stored = decode_keys(values, scales, layout).reshape(shape).double().numpy()
         made = cls(arena, geometry, stored)

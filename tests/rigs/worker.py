@@ -22,7 +22,7 @@ from forepage.kv.ids import ArenaId
 from forepage.kv.prefix_hash import PrefixHasher
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import ResidencyMode, Settings, WorkerSettings
+from forepage.settings import ModelSettings, ResidencyMode, Settings, WorkerSettings
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.assembly import ModelFolder, assemble
@@ -267,7 +267,7 @@ class WorkerRig:
 
 
 @contextmanager
-def worker_rig(**changes: Any) -> Iterator[WorkerRig]:
+def worker_rig(*, key_format: str = "fp8", **changes: Any) -> Iterator[WorkerRig]:
     """A rig with small pools; `changes` go to WorkerSettings."""
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
@@ -279,7 +279,8 @@ def worker_rig(**changes: Any) -> Iterator[WorkerRig]:
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }
-    settings = Settings(worker=WorkerSettings(**{**defaults, **changes}))
+    model = ModelSettings(key_format=key_format)
+    settings = Settings(worker=WorkerSettings(**{**defaults, **changes}), model=model)
     folder, device = ModelFolder.read(settings.model), torch.device("cpu")
     arena, index = MemoryArena(folder.geometry, num_slots=200), ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")

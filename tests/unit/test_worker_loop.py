@@ -29,8 +29,9 @@ def tokens_of(rig: WorkerRig, mode: ResidencyMode, **how: object) -> Running:
     return running
 
 
-def test_exact_gives_the_tokens_of_full_and_pulls_rows() -> None:
-    with worker_rig() as rig:
+@pytest.mark.parametrize("key_format", ["fp8", "mxfp4"])
+def test_exact_gives_the_tokens_of_full_and_pulls_rows(key_format: str) -> None:
+    with worker_rig(key_format=key_format) as rig:
         rig.index.auto = answering()
         full = tokens_of(rig, FULL, max_tokens=40, salt="a")
         exact = tokens_of(rig, EXACT, max_tokens=40, salt="b")

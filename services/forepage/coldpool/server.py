@@ -34,7 +34,7 @@ from forepage.coldpool.shm_names import manager_lock_path
 from forepage.coldpool.tiers import RecordTier, RecordTiers
 from forepage.coldpool.upkeep import reap_holders, scrub
 from forepage.errors import CapacityError, DependencyError, ForepageError, ModelFormatError
-from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.rpc.coldpool_pb2_grpc import add_ColdPoolServicer_to_server
 from forepage.rpc.edge import serving
 from forepage.settings import ModelSettings, Settings, Tier
@@ -206,7 +206,7 @@ def read_geometry(model: ModelSettings) -> KvGeometry:
         raise ModelFormatError(f"{path}: {error}; see FOREPAGE_MODEL__PATH") from error
     if not isinstance(config, dict):
         raise ModelFormatError(f"{path}: no JSON object")
-    return KvGeometry.from_config(config, KvFormat(model.kv_format))
+    return KvGeometry.from_config(config, KvFormat(model.kv_format), KeyFormat(model.key_format))
 
 
 def _tier(kind: Tier, settings: Settings, redis: Redis | None, counters: ColdPoolCounters) -> RecordTier:

@@ -18,18 +18,12 @@ from forepage.coldpool.arena import ArenaView
 from forepage.coldpool.records import SlotRef
 from forepage.errors import DependencyError
 from forepage.index.page_lock import page_lock
-from forepage.kv.geometry import KvFormat, KvGeometry
-from forepage_kernels.layout import KeyLayout, KeyPool
+from forepage.kv.geometry import KvGeometry
+from forepage.model.kv_pools import key_layout
+from forepage_kernels.layout import KeyPool
 
 ABSENT_PLANE = -1
 """Stands for the plane of a block that can't be read."""
-
-
-def key_layout(geometry: KvGeometry) -> KeyLayout:
-    """How one layer's keys of a block are stored."""
-    return KeyLayout(
-        geometry.block_entries, geometry.index_dims, "fp32" if geometry.format is KvFormat.FP32 else "fp8"
-    )
 
 
 class MappedKeys:

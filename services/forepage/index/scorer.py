@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from forepage.coldpool.records import SlotRef
-from forepage.index.key_store import MappedKeys, key_layout
+from forepage.index.key_store import MappedKeys
 from forepage.kv.geometry import KvGeometry
+from forepage.model.kv_pools import key_layout
 from forepage.model.memory_indexer import MemoryIndexer
 from forepage_kernels.memory_indexer import memory_indexer
 

@@ -19,7 +19,7 @@ from forepage.index.publisher import PlanPublisher, open_redis, plan_stream
 from forepage.index.question import QuestionLimits
 from forepage.index.scorer import Scorer
 from forepage.index.servicer import LookaheadServicer
-from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.memory_indexer import MemoryIndexer
 from forepage.model.spec import ModelSpec, read_config
 from forepage.rpc.edge import serving
@@ -128,7 +128,9 @@ def build_servicer(
     """Everything behind the stream, from the settings. Raises: ModelFormatError for the model folder."""
     config = read_config(settings.model.path)
     spec = ModelSpec.from_config(config)
-    geometry = KvGeometry.from_config(config, KvFormat(settings.model.kv_format))
+    geometry = KvGeometry.from_config(
+        config, KvFormat(settings.model.kv_format), KeyFormat(settings.model.key_format)
+    )
     device = torch.device(settings.index.device)
     indexer = MemoryIndexer.load(settings.model.path, spec, geometry.format, device)
     store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry, device)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from forepage.frames import WorkerFrame
-from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.fingerprint import model_fingerprint
 from forepage.model.memory_indexer import read_indexer_config
 from forepage.model.spec import ModelSpec, read_config
@@ -39,7 +39,9 @@ class ModelFolder:
     def read(cls, settings: ModelSettings) -> "ModelFolder":
         """Raises: ModelFormatError naming the file and field."""
         config = read_config(settings.path)
-        geometry = KvGeometry.from_config(config, KvFormat(settings.kv_format))
+        geometry = KvGeometry.from_config(
+            config, KvFormat(settings.kv_format), KeyFormat(settings.key_format)
+        )
         eos = config.get("eos_token_id")
         return cls(
             settings=settings,
@@ -47,7 +49,7 @@ class ModelFolder:
             eos=eos if isinstance(eos, int) else DEFAULT_EOS,
             spec=ModelSpec.from_config(config),
             geometry=geometry,
-            fingerprint=model_fingerprint(settings.path, geometry.format),
+            fingerprint=model_fingerprint(settings.path, geometry.format, geometry.key_format),
         )
 
     def grammar(self) -> GrammarTokenizer:

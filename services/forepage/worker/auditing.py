@@ -17,13 +17,14 @@ from forepage.kv.geometry import BLOCK_ENTRIES
 from forepage.kv.guard import GuardAction
 from forepage.kv.ids import BlockIdx
 from forepage.model.indexer import IndexerTap
+from forepage.model.kv_pools import key_layout
 from forepage.rpc import index_pb2 as pb
 from forepage.settings import ResidencyMode
 from forepage.telemetry import MetricName
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import grow_promise
 from forepage.worker.sequence import Sequence, StepTap
-from forepage_kernels.layout import KeyLayout, KeyPool
+from forepage_kernels.layout import KeyPool
 from forepage_kernels.native_indexer import native_indexer
 from forepage_kernels.select_topk import select_topk
 
@@ -139,7 +140,7 @@ class Auditing:
         pool = KeyPool(
             slots.view(-1, geometry.slot_bytes),
             geometry.keys_offset + layer * geometry.keys_plane_bytes,
-            KeyLayout(BLOCK_ENTRIES, geometry.index_dims, geometry.format.value),
+            key_layout(geometry),
         )
         ids = [sequence.arena.ref_by_block[idx].arena_id for idx in absent]
         scores = native_indexer(
