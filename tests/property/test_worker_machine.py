@@ -27,7 +27,7 @@ from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 MAX_TOKENS = 14
 LENGTHS = (1, 255, 256, 257, 513, 1_024, 1_270, 1_300, 1_536)
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "recent_tokens": 256,
     "interval_steps": 4,
     "clean_intervals": 1,
