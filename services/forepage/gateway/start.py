@@ -180,7 +180,7 @@ def _generate_request(
         num_logprobs=body.num_top_logprobs or 0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
+        repetition_penalty=body.repetition_penalty or 0.0,
     )
     if isinstance(body, ChatBody) and body.answer_schema is not None:
         sampling.json_schema = to_json(body.answer_schema)
