@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forepage.coldpool.client import Reattached
-from forepage.errors import ContextLengthError
+from forepage.errors import ContextLengthError, RequestError
 from forepage.kv.ids import BlockIdx
 from forepage.kv.prefetch_plan import LoadWave, fit_waves
 from forepage.rpc import index_pb2
@@ -471,3 +471,23 @@ def test_waves_are_cut_to_the_room_and_the_change_stays_the_same() -> None:
     cut = (LoadWave(wave.load[:2], wave.drop), LoadWave(wave.load[2:], ()), last)
     assert fit_waves((wave, last), 2) == cut
     assert fit_waves((LoadWave(wave.load, ()), last), 0) == (LoadWave((), last.drop),)
+
+
+def test_scores_that_are_not_finite_end_their_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker audits itself (no index); one sequence's scores are NaN, the other goes on."""
+    with worker_rig() as rig:
+        rig.index.is_up = False
+        bad = rig.submit(PROMPT, mode=GUARDED, max_tokens=40, name="bad")
+        good = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=40, name="good")
+
+        def spoiled(*_: object, **__: object) -> None:
+            raise RequestError("resident_scores: nan is no score")
+
+        monkeypatch.setattr(rig.loop._auditing, "audit_here", spoiled)
+        rig.run(bad, good)
+        assert bad.failed is not None
+        assert bad.failed.code == "internal_error", "not the caller's fault"
+        assert "nan" in bad.failed.message
+        assert good.finished is not None
+        assert rig.loop.broken is None
+        rig.check_baseline()

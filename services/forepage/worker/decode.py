@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from forepage.errors import IntegrityError
+from forepage.errors import ForepageError, IntegrityError
 from forepage.telemetry import MetricName
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
@@ -57,8 +57,17 @@ class Decode:
             if demand_bytes:
                 parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
             self._finish_block(sequence)
-            self._lookahead.after_step(sequence, StepTap(output.hidden[row], output.indexer, row))
+            self._look_ahead(sequence, StepTap(output.hidden[row], output.indexer, row))
         return picks
+
+    def _look_ahead(self, sequence: Sequence, tap: StepTap) -> None:
+        """A step whose scores can't be audited (not finite) ends its own request, not the worker."""
+        try:
+            self._lookahead.after_step(sequence, tap)
+        except IntegrityError:
+            raise
+        except ForepageError as error:
+            sequence.failure = ForepageError(f"this request's scores can't be audited: {error}")
 
     def _grow(self, sequence: Sequence) -> None:
         resident, blocks = sequence.resident, self._parts.blocks

@@ -225,8 +225,10 @@ class Loop:
         sequence.phase = Phase.DECODE
 
     def _decode_step(self, batch: list[Sequence]) -> None:
-        for sequence, token in zip(batch, self._decode.step(batch), strict=True):
-            self._emit_token(sequence, token)
+        for sequence, pick in zip(batch, self._decode.step(batch), strict=True):
+            self._emit_token(sequence, pick)
+            if sequence.failure is not None and sequence.phase is not Phase.DONE:
+                self._fail(sequence, sequence.failure)
 
     def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
         sequence.take_token(pick.token)

@@ -124,6 +124,7 @@ class Sequence:
     grant: Future[Grant] | None = None
     prefix_load: Future[None] | None = None
     last_refusal: ForepageError | None = None
+    failure: ForepageError | None = None
     snapshot: Snapshot | None = None
     stage_span: Span | None = None
     retry_at_s: float = 0.0
