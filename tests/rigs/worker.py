@@ -304,3 +304,13 @@ def text_tokens(count: int, seed: int = 0) -> list[int]:
     words = ["the", "page", "ahead", "of", "need", "block", "row", "key", "is", "read", "\n"]
     picks = torch.randint(0, len(words), (count,), generator=generator).tolist()
     return list(" ".join(words[pick] for pick in picks).encode()[:count])
+
+
+def wants(*blocks: int, recall: float = 1.0) -> Callable[[index_pb2.LookaheadRequest], Any]:
+    """An index that always wants these blocks."""
+    return lambda request: plan_reply(request, blocks, recall=recall)
+
+
+def decode_until(rig: WorkerRig, running: Running, num_tokens: int) -> None:
+    """Turn until so many tokens were generated."""
+    rig.run_until(lambda: len(running.tokens) >= num_tokens)

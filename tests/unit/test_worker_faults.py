@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 
-from forepage.coldpool.client import Reattached
-from forepage.errors import ContextLengthError, RequestError
+from forepage.errors import RequestError
 from forepage.kv.ids import BlockIdx
 from forepage.kv.prefetch_plan import LoadWave, fit_waves
 from forepage.rpc import index_pb2
 from forepage.settings import OnIndexDown, ResidencyMode
-from forepage.worker.arena_access import GrantRequest
 from forepage.worker.copy_engine import CopyEngine
 from forepage.worker.quota import held_quota
 from forepage.worker.sequence import Phase
-from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
+from rigs.worker import Running, WorkerRig, decode_until, plan_reply, text_tokens, wants, worker_rig
 
 PROMPT = text_tokens(1_300)
 FULL, LOOKAHEAD, GUARDED, EXACT = ResidencyMode.FULL, *list(ResidencyMode)[1:3], ResidencyMode.EXACT
@@ -30,14 +28,6 @@ def check_promises(rig: WorkerRig, *running: Running) -> None:
             held = held_quota(rig.parts, one.sequence)
             assert held.rows <= holds.row_promise
             assert held.keys <= holds.key_promise
-
-
-def wants(*blocks: int, recall: float = 1.0) -> Callable[[index_pb2.LookaheadRequest], Any]:
-    return lambda request: plan_reply(request, blocks, recall=recall)
-
-
-def decode_until(rig: WorkerRig, running: Running, num_tokens: int) -> None:
-    rig.run_until(lambda: len(running.tokens) >= num_tokens)
 
 
 def test_an_index_that_never_answers_does_not_hold_the_first_step_back() -> None:
@@ -356,114 +346,6 @@ def test_stepping_back_is_not_decided_before_the_keys_are_there(monkeypatch: pyt
         rig.check_baseline()
 
 
-def test_a_lost_record_ends_the_request_before_another_token_in_exact(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with worker_rig(interval_steps=4) as rig:
-        loads = HeldLoads(rig.parts.copies, monkeypatch)
-        rig.index.auto = wants(1, 3)
-        running = rig.submit(PROMPT, mode=EXACT, max_tokens=60)
-        decode_until(rig, running, 2)
-        loads.is_open = False
-        rig.index.auto = wants(0, 2)
-        rig.run_until(lambda: running.sequence.lookahead.load is not None)
-        rig.arena.lost.add(running.sequence.arena.ref_by_block[2])
-        before = len(running.tokens)
-        loads.release()
-        rig.run_until(lambda: running.is_over)
-        assert running.failed is not None
-        assert len(running.tokens) == before
-        rig.run_until(lambda: rig.loop.num_sequences == 0)
-        rig.check_baseline()
-
-
-def test_slots_that_were_being_written_when_the_manager_was_lost_end_the_request() -> None:
-    with worker_rig() as rig:
-        running = rig.submit(PROMPT, max_tokens=60)
-        rig.run_until(lambda: running.sequence.phase is Phase.PREFILL)
-        rig.arena.is_down = True
-        decode_until(rig, running, 2)
-        lost = running.sequence.arena.writing[0]
-        rig.loop.take_reattached(Reattached(void=(lost,), new_arena=None))
-        rig.run_until(lambda: running.is_over)
-        assert running.failed is not None
-        assert running.failed.code == "dependency_unavailable"
-        rig.run_until(lambda: rig.loop.num_sequences == 0)
-        rig.check_baseline()
-
-
-def test_publications_are_not_tried_again_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    with worker_rig() as rig:
-        calls: list[int] = []
-        publish = rig.arena.publish
-
-        def counted(records: Any, span: Any) -> Any:
-            calls.append(len(records))
-            return publish(records, span)
-
-        monkeypatch.setattr(rig.arena, "publish", counted)
-        running = rig.submit(text_tokens(600), max_tokens=40)
-        rig.run_until(lambda: running.sequence.phase is Phase.PREFILL)
-        rig.arena.is_down = True
-        decode_until(rig, running, 30)
-        seconds = 30 * 0.2  # far more than the steps take
-        assert len(calls) <= 2 * (1 + seconds / 0.25)
-        for _ in range(200):
-            rig.loop.turn()
-            if running.is_over:
-                break
-        rig.arena.is_down = False
-        rig.run(running)
-        rig.check_baseline()
-
-
-def test_a_refused_request_ends_its_span_and_holds_nothing() -> None:
-    with worker_rig(kv_bytes=1 << 20) as rig:
-        running = rig.submit(text_tokens(8_000), max_tokens=4)
-        rig.run(running)
-        assert running.failed is not None
-        assert running.sequence.released.is_set()
-        assert not running.sequence.span.is_recording()
-
-
-def test_a_request_whose_resume_records_can_never_fit_is_refused_at_once() -> None:
-    with worker_rig(kv_bytes=64 << 20, resume_every_tokens=256) as rig:
-        running = rig.submit([65] * 30_000, max_tokens=4)
-        rig.loop.turn()
-        assert running.failed is not None
-        assert running.failed.code == ContextLengthError.code
-        assert "arena slots" in running.failed.message
-
-
-def test_requests_that_the_arena_refused_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    with worker_rig() as rig:
-        rig.arena.is_down = True
-        running = [rig.submit(text_tokens(300, seed), max_tokens=2, name=str(seed)) for seed in (0, 1)]
-        rig.run_until(lambda: all(one.sequence.last_refusal for one in running))
-        rig.run_until(lambda: rig.loop.num_waiting == 2)
-        asked: list[bytes] = []
-        grant = rig.arena.grant
-
-        def noting(request: GrantRequest, span: Any) -> Any:
-            asked.extend(request.block_keys)
-            return grant(request, span)
-
-        monkeypatch.setattr(rig.arena, "grant", noting)
-        rig.arena.is_down = False
-        rig.run(*running)
-        assert asked == [one.sequence.block_key(0, rig.parts.geometry) for one in running]
-
-
-def test_a_stopping_worker_refuses_what_comes_after() -> None:
-    with worker_rig() as rig:
-        rig.loop.start()
-        rig.loop.stop(5.0)
-        running = rig.submit(PROMPT)
-        rig.loop.turn()
-        assert running.failed is not None
-        assert running.failed.code == "dependency_unavailable"
-
-
 def test_waves_are_cut_to_the_room_and_the_change_stays_the_same() -> None:
     wave = LoadWave((BlockIdx(1), BlockIdx(2), BlockIdx(3)), (BlockIdx(7),))
     last = LoadWave((BlockIdx(4),), (BlockIdx(8),))
@@ -490,4 +372,25 @@ def test_scores_that_are_not_finite_end_their_request_alone(monkeypatch: pytest.
         assert "nan" in bad.failed.message
         assert good.finished is not None
         assert rig.loop.broken is None
+        rig.check_baseline()
+
+
+def test_a_lost_record_ends_the_request_before_another_token_in_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with worker_rig(interval_steps=4) as rig:
+        loads = HeldLoads(rig.parts.copies, monkeypatch)
+        rig.index.auto = wants(1, 3)
+        running = rig.submit(PROMPT, mode=EXACT, max_tokens=60)
+        decode_until(rig, running, 2)
+        loads.is_open = False
+        rig.index.auto = wants(0, 2)
+        rig.run_until(lambda: running.sequence.lookahead.load is not None)
+        rig.arena.lost.add(running.sequence.arena.ref_by_block[2])
+        before = len(running.tokens)
+        loads.release()
+        rig.run_until(lambda: running.is_over)
+        assert running.failed is not None
+        assert len(running.tokens) == before
+        rig.run_until(lambda: rig.loop.num_sequences == 0)
         rig.check_baseline()

@@ -5,6 +5,7 @@ nobody defines are ignored, as OpenAI clients expect. Inside `forepage`, our own
 What only chat takes is in `chat_schemas`.
 """
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -67,7 +68,7 @@ class StreamOptions(Fields):
     include_usage: bool | None = None
 
 
-class GenerationBody(Fields):
+class GenerationBody(Fields, ABC):
     """What both endpoints take."""
 
     prompt_field: ClassVar[str]
@@ -102,9 +103,9 @@ class GenerationBody(Fields):
         return self.n or 1
 
     @property
+    @abstractmethod
     def num_top_logprobs(self) -> int | None:
         """Alternatives to show with each token's log-probability; None for no log-probabilities."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:

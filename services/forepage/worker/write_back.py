@@ -7,7 +7,7 @@ manager is away, publications wait; the blocks stay on the device.
 import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from forepage.coldpool.client import PublishedRecord, RecordKind, SlotRef
 from forepage.errors import ForepageError
@@ -128,8 +128,7 @@ class WriteBack:
             sums = _checksums(transfer.copied)
             if sums is not None:
                 records = [
-                    replace(record, checksum=sum_)
-                    for record, sum_ in zip(transfer.records, sums, strict=True)
+                    record.with_checksum(sum_) for record, sum_ in zip(transfer.records, sums, strict=True)
                 ]
                 transfer.published = self._parts.arena.publish(records, sequence.span)
             return False
