@@ -17,6 +17,7 @@ from forepage.errors import ForepageError, IntegrityError
 from forepage.launch.health import Role, role_is_ready
 from forepage.settings import Settings, SettingsError, load_settings
 from forepage.settings_report import resolved_table, settings_markdown
+from forepage.training.cli import app as train_app
 
 BAD_SETTINGS = 2
 FAILED = 1
@@ -25,6 +26,7 @@ GPU_BYTES = 80 << 30
 
 RoleMain = Callable[[Settings, asyncio.Event], Awaitable[None]]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(train_app, name="train")
 
 
 @app.callback()
@@ -93,10 +95,26 @@ def check(
         typer.echo(resolved_table(settings))
         return
     try:
-        report = ModelReport.read(model_dir)
+        # The question is about GPUs, so a dtype left to us is theirs unless the worker is to use the CPU.
+        report = ModelReport.read(model_dir, settings.model.weight_dtype.on(settings.model.device))
         print_report(report, settings.worker, Budget(gpu_bytes, host_bytes or _memory_bytes()), ranks)
     except ForepageError as error:
         _fail(f"forepage check: {error}", FAILED)
+
+
+@app.command("convert-indexer")
+def convert_indexer(
+    source: Annotated[Path, typer.Argument(help="a memory indexer as released: .pt")],
+    target: Annotated[Path, typer.Argument(help="the file to write: .safetensors")],
+) -> None:
+    """Write a released memory indexer as .safetensors, by the same names and without its RoPE tables."""
+    from forepage.model.indexer_tensors import convert
+
+    try:
+        count, layers = convert(source, target)
+    except ForepageError as error:
+        _fail(f"forepage convert-indexer: {error}", FAILED)
+    typer.echo(f"{target}: {count} tensors for c4 layers {', '.join(map(str, layers))}")
 
 
 @app.command("settings-table")

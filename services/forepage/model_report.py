@@ -1,6 +1,7 @@
 """What a model folder holds and needs, as tables: `forepage check MODEL_DIR`. Reads headers only; no torch.
 
-Weights count as stored. Without weight files the config alone says what a release of it would hold.
+Weights count as stored and as a worker holds them. Without weight files the config alone says what a
+release of it would hold.
 """
 
 from collections import Counter
@@ -15,12 +16,12 @@ from rich.table import Table
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import MXFP4_GROUP, KeyFormat, KvFormat, KvGeometry
 from forepage.model.checkpoint import Checkpoint, weight_files
-from forepage.model.footprint import SequenceFootprint, kv_cost, rank_bytes, sequence_footprint
+from forepage.model.footprint import SequenceFootprint, held_bytes, kv_cost, rank_bytes, sequence_footprint
 from forepage.model.spec import ModelSpec, read_config
 from forepage.model.stored_form import StoredTensor, announced_tensors
 from forepage.model.tensor_parallel import can_split
 from forepage.model.weight_table import MTP_PREFIX
-from forepage.settings import ResidencyMode, WorkerSettings
+from forepage.settings import ResidencyMode, WeightDtype, WorkerSettings
 
 LEAST_WIDTH = 140
 CONTEXTS = {"64K": 1 << 16, "256K": 1 << 18, "512K": 1 << 19, "1M": 1 << 20}
@@ -55,18 +56,24 @@ class Budget:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """The figures; `stored` are all tensors by official name, draft blocks included."""
+    """The figures; `stored` are all tensors by official name, draft blocks included.
+
+    `weights` says in which form (as stored, as held) how many bytes a rank has, by number of ranks.
+    """
 
     folder: Path
     spec: ModelSpec
     geometries: Mapping[KeyFormat, KvGeometry]
     stored: Mapping[str, StoredTensor]
     num_files: int
-    bytes_by_ranks: Mapping[int, int]
+    weights: Mapping[str, Mapping[int, int]]
 
     @classmethod
-    def read(cls, folder: Path) -> "ModelReport":
-        """Raises: ModelFormatError as a load would, before any data is read."""
+    def read(cls, folder: Path, weight_dtype: WeightDtype) -> "ModelReport":
+        """Weights would be held as `weight_dtype`, which is not auto.
+
+        Raises: ModelFormatError as a load would, before any data is read.
+        """
         config = read_config(folder)
         spec = ModelSpec.from_config(config)
         files = weight_files(folder)
@@ -83,12 +90,13 @@ class ModelReport:
             geometries={key: KvGeometry.from_config(config, KvFormat.FP8, key) for key in formats},
             stored=stored,
             num_files=len(files),
-            bytes_by_ranks={n: rank_bytes(spec, stored, n) for n in RANKS if can_split(spec, n)},
+            weights={
+                "as stored": {n: rank_bytes(spec, stored, n) for n in RANKS if can_split(spec, n)},
+                f"held as {weight_dtype}": {
+                    n: held_bytes(spec, n, weight_dtype) for n in RANKS if can_split(spec, n)
+                },
+            },
         )
-
-    def fewest_ranks(self, gpu_bytes: int) -> int | None:
-        """The smallest number of ranks whose weights leave room on a GPU; None: none of those we list."""
-        return next((n for n, weights in self.bytes_by_ranks.items() if weights < gpu_bytes), None)
 
     def footprints(
         self, key_format: KeyFormat, settings: WorkerSettings, mode: ResidencyMode
@@ -107,10 +115,10 @@ def print_report(report: ModelReport, settings: WorkerSettings, budget: Budget, 
     """
     terminal = Console()
     console = Console(highlight=False, width=max(terminal.width, LEAST_WIDTH))  # numbers are never cut
-    ranks = ranks or report.fewest_ranks(budget.gpu_bytes)
-    if ranks is not None and ranks not in report.bytes_by_ranks:
-        allowed = ", ".join(map(str, report.bytes_by_ranks))
-        raise ModelFormatError(f"{report.folder}: can't be split into {ranks} ranks, only {allowed}")
+    allowed = [n for n in RANKS if can_split(report.spec, n)]
+    if ranks is not None and ranks not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise ModelFormatError(f"{report.folder}: can't be split into {ranks} ranks, only {listed}")
     console.print(_headline(report), soft_wrap=True)
     for table in _tables(report, settings, budget, ranks):
         title, table.title = table.title, None  # as a table's title it would be wrapped to the table
@@ -137,9 +145,9 @@ def _tables(
     report: ModelReport, settings: WorkerSettings, budget: Budget, ranks: int | None
 ) -> Iterator[Table]:
     yield _weights_table(report.stored)
-    yield _ranks_table(report.bytes_by_ranks, budget.gpu_bytes)
+    yield _ranks_table(report.weights, budget.gpu_bytes)
     yield from (_cost_table(key, geometry) for key, geometry in report.geometries.items())
-    yield _gpu_table(report, settings, budget.gpu_bytes, ranks)
+    yield from (_gpu_table(report, settings, budget.gpu_bytes, form, ranks) for form in report.weights)
     yield _host_table(report, settings, budget.host_bytes)
 
 
@@ -169,15 +177,18 @@ def _weights_table(stored: Mapping[str, StoredTensor]) -> Table:
     return table
 
 
-def _ranks_table(bytes_by_ranks: Mapping[int, int], gpu_bytes: int) -> Table:
-    table = _table("Weights of a tensor-parallel rank", "ranks", "bytes each", f"left of {_size(gpu_bytes)}")
+def _ranks_table(weights: Mapping[str, Mapping[int, int]], gpu_bytes: int) -> Table:
+    columns = [column for form in weights for column in (f"bytes {form}", f"left of {_size(gpu_bytes)}")]
+    table = _table("Weights of a tensor-parallel rank", "ranks", *columns)
     for ranks in RANKS:
-        weights = bytes_by_ranks.get(ranks)
-        if weights is None:
-            table.add_row(str(ranks), "-", "heads, output groups or experts don't divide")
-        else:
-            left = gpu_bytes - weights
-            table.add_row(str(ranks), _exact(weights), _size(left) if left > 0 else "does not fit")
+        cells: list[str] = []
+        for by_ranks in weights.values():
+            if ranks in by_ranks:
+                left = gpu_bytes - by_ranks[ranks]
+                cells += [_exact(by_ranks[ranks]), _size(left) if left > 0 else "does not fit"]
+        if not cells:
+            cells = ["-", "heads, output groups or experts don't divide"]
+        table.add_row(str(ranks), *cells)
     return table
 
 
@@ -191,11 +202,17 @@ def _cost_table(key_format: KeyFormat, geometry: KvGeometry) -> Table:
     return table
 
 
-def _gpu_table(report: ModelReport, settings: WorkerSettings, gpu_bytes: int, ranks: int | None) -> Table:
+def _gpu_table(
+    report: ModelReport, settings: WorkerSettings, gpu_bytes: int, form: str, ranks: int | None
+) -> Table:
+    """With the weights in that form; on the given number of ranks, else on the fewest that hold them."""
+    by_ranks = report.weights[form]
+    chosen = by_ranks if ranks is None else {ranks: by_ranks[ranks]}
+    ranks = next((n for n, weights in chosen.items() if weights < gpu_bytes), None)
     if ranks is None:
-        return _table(f"Sequences on a GPU of {_size(gpu_bytes)}: none, the weights don't fit", "")
-    free = gpu_bytes - report.bytes_by_ranks[ranks]
-    title = f"Sequences that fit in {_size(max(free, 0))}: a GPU of {_size(gpu_bytes)}, {ranks} ranks"
+        return _table(f"Sequences on a GPU of {_size(gpu_bytes)}: none, weights {form} don't fit", "")
+    free = gpu_bytes - by_ranks[ranks]
+    title = f"Sequences in {_size(free)}: a GPU of {_size(gpu_bytes)}, {ranks} ranks, weights {form}"
     table = _table(title, "keys", "mode", *CONTEXTS)
     table.columns[1].justify = "left"
     for key_format in report.geometries:
@@ -219,7 +236,7 @@ def _host_table(report: ModelReport, settings: WorkerSettings, host_bytes: int) 
 
 def _fine_print(settings: WorkerSettings) -> str:
     return (
-        "Weights count as stored; a worker of this version holds them dequantised, which takes more.\n"
+        "A worker of this version holds weights dequantised (FOREPAGE_MODEL__WEIGHT_DTYPE), not as stored.\n"
         f"Fits: budget {settings.budget_blocks} blocks, {settings.recent_tokens} recent tokens, "
         f"{settings.load_slack_blocks} blocks of slack; window and compressor state counted; nothing is set "
         "aside for activations.\n"

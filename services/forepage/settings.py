@@ -48,6 +48,20 @@ class Verify(StrEnum):
     ALWAYS = "always"
 
 
+class WeightDtype(StrEnum):
+    """What a worker holds the model's matrices in, and computes with."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+    def on(self, device: str) -> "WeightDtype":
+        """What it is on a device of this type: left to us, bf16 on a GPU and fp32 on a CPU."""
+        if self is not WeightDtype.AUTO:
+            return self
+        return WeightDtype.FP32 if device == "cpu" else WeightDtype.BF16
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +83,12 @@ class ModelSettings(_Section):
         description="indexer keys beside fp8 rows: fp8, or mxfp4 (half the bytes)",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where the worker computes")
+    weight_dtype: WeightDtype = Field(
+        WeightDtype.AUTO, description="what matrices are held in: auto is bf16 on a GPU, fp32 on a CPU"
+    )
+    memory_indexer: Path | None = Field(
+        None, description="memory indexer, .safetensors or .pt; none: memory_indexer.safetensors in path"
+    )
 
 
 class GatewaySettings(_Section):
@@ -122,7 +142,7 @@ class ColdpoolSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """One decode worker: a GPU (or the CPU)."""
+    """One decode worker: a GPU, several that share the model, or the CPU."""
 
     listen: str = Field("127.0.0.1:7103", description="gRPC address")
     worker_id: str = Field("worker-0", pattern="^[A-Za-z0-9_.-]{1,64}$", description="unique name")
@@ -139,6 +159,9 @@ class WorkerSettings(_Section):
     random_audits: int = Field(1, ge=0, le=16, description="audited steps an interval besides the boundary")
     audit_layers: int = Field(2, ge=1, description="c4 layers looked at in an audited step")
     clean_intervals: int = Field(4, ge=1, description="clean intervals before an escalation is stepped back")
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="ranks the model is split over: GPUs, or processes on the CPU"
+    )
     max_running: int = Field(16, ge=1, le=1024, description="sequences decoded together")
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")

@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[2]
 BOUNDS = (annotated_types.Ge, annotated_types.Gt, annotated_types.Le, annotated_types.Lt)
 UNITS = ("_bytes", "_bytes_per_s", "_s", "_ms", "_tokens", "_steps", "_blocks", "_share", "_recall", "port")
 # Counts of what the name says.
-COUNTS = {"plan_stream_maxlen", "directory_queue", "random_audits", "audit_layers", "clean_intervals"}
+COUNTS = {
+    "plan_stream_maxlen",
+    "directory_queue",
+    "random_audits",
+    "audit_layers",
+    "clean_intervals",
+    "tensor_parallel",
+}
 PURE = {"threshold"}
 
 

@@ -21,6 +21,7 @@ from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.rpc import index_pb2
 from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.worker import admission, lookahead, loop, residency, write_back
+from forepage.worker.commands import Table
 from forepage.worker.quota import held_quota, steady_quota
 from forepage.worker.sequence import Phase
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
@@ -110,7 +111,7 @@ class WorkerMachine(RuleBasedStateMachine):
             patch.setattr(module, "time", self.clock)
         patch.setattr(loop, "IDLE_S", 0.0)
         patch.setattr(loop, "WAITING_S", 0.0)
-        patch.setattr(self.rig.parts.copies, "_executor", self.copies)
+        patch.setattr(self.rig.parts.device.local.copies, "_executor", self.copies)
         self.submit(1_300, 0, ResidencyMode.GUARDED, MAX_TOKENS, 1, "")
 
     @property
@@ -245,9 +246,10 @@ class WorkerMachine(RuleBasedStateMachine):
         resident.check_integrity()
         absent = set(range(resident.num_blocks)) - set(resident.row_id_by_block)
         assert absent <= set(sequence.arena.ref_by_block), "dropped, and not in the arena"
+        tables = parts.device.local.memory.tables
         for table, ids in (
-            (parts.blocks._row_table, resident.row_table()),
-            (parts.blocks._key_table, resident.key_table()),
+            (tables[Table.ROWS], resident.row_table()),
+            (tables[Table.KEYS], resident.key_table()),
         ):
             shown = table[holds.slot].tolist()
             assert shown[: len(ids)] == ids

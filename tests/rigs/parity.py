@@ -114,6 +114,16 @@ PRO = MIXED | {
     },
 }
 """Pro's order of layers; a SwiGLU limit that clamps often, and YaRN that bends within the text."""
+SLIM = MIXED | {
+    "num_hidden_layers": 3,
+    "compress_ratios": [0, 4, 128, 0],
+    "num_hash_layers": 1,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "index_n_heads": 8,
+    "n_routed_experts": 4,
+}
+"""Each layer type and each routing once: the least that can take thousands of tokens one by one in a test."""
 
 
 @dataclass
@@ -264,9 +274,13 @@ class Sequences:
 
 
 def prefill(subject: Subject, *, chunk: int | None = None) -> float:
-    """The whole text, or its first STEPS chunks."""
-    num_tokens = subject.num_tokens if chunk is None else min(subject.num_tokens, STEPS * chunk)
-    return Sequences(subject, 1, num_tokens).prefill(0, num_tokens, chunk)
+    """The whole text."""
+    return Sequences(subject, 1, subject.num_tokens).prefill(0, subject.num_tokens, chunk)
+
+
+def prefill_start(subject: Subject, *, chunk: int) -> float:
+    """The first STEPS chunks of the text."""
+    return Sequences(subject, 1, STEPS * chunk).prefill(0, STEPS * chunk, chunk)
 
 
 def edges(subject: Subject) -> float:
@@ -280,11 +294,12 @@ def edges(subject: Subject) -> float:
     return worst
 
 
-def decode_all(subject: Subject) -> float:
-    """No prefill at all: the first STEPS tokens one by one."""
-    sequences = Sequences(subject, 1, STEPS)
+def decode_all(subject: Subject, *, steps: int | None = None) -> float:
+    """No prefill at all: all of the text, or its first tokens, one by one."""
+    num_tokens = steps or subject.num_tokens
+    sequences = Sequences(subject, 1, num_tokens)
     worst = 0.0
-    for position in range(STEPS):
+    for position in range(num_tokens):
         worst = _worse(worst, sequences.decode(torch.tensor([position])))
     return worst
 
@@ -327,7 +342,8 @@ CASES = [
     Case("decode in a batch, full", partial(decode_from, prompts=PROMPTS, steps=40, paged=False)),
     Case("decode in a batch, exact", partial(decode_from, prompts=PROMPTS[2:], steps=40, paged=True)),
 ]
-STEPWISE = Case("decode from the first token", decode_all)
+ONE_BY_ONE = Case(f"prefill of {STEPS} tokens in chunks of 1", partial(prefill_start, chunk=1))
+STEPWISE = Case(f"decode of {STEPS} tokens from the first", partial(decode_all, steps=STEPS))
 LAST = LONG_TOKENS - 16
 LONG_CASES = [
     AT_ONCE,
@@ -335,6 +351,7 @@ LONG_CASES = [
     Case("decode at the end, full", partial(decode_from, prompts=(LAST,), steps=16, paged=False)),
     Case("decode at the end, exact", partial(decode_from, prompts=(LAST,), steps=16, paged=True)),
 ]
+SLIM_CASES = [*CHUNKED[:3], Case("decode of every token", decode_all)]
 
 
 @dataclass(frozen=True)
@@ -353,14 +370,15 @@ class SubjectCase:
 
 
 SUBJECTS = [
-    SubjectCase("mixed", MIXED, 256, [*CASES, CHUNKED[0]]),
+    SubjectCase("mixed", MIXED, 256, [*CASES, ONE_BY_ONE]),
     SubjectCase("mixed, top 32", MIXED, 32, [*CASES, STEPWISE]),
     SubjectCase("flash", FLASH, 256, [*CASES, STEPWISE]),
-    SubjectCase("flash, top 32", FLASH, 32, [*CASES, CHUNKED[0]]),
-    SubjectCase("pro", PRO, 256, [*CASES, CHUNKED[0]]),
+    SubjectCase("flash, top 32", FLASH, 32, [*CASES, ONE_BY_ONE]),
+    SubjectCase("pro", PRO, 256, [*CASES, ONE_BY_ONE]),
     SubjectCase("pro, top 32", PRO, 32, [*CASES, STEPWISE]),
     SubjectCase("mixed, 4,096 tokens", MIXED, 1024, LONG_CASES, LONG_TOKENS),
     SubjectCase("mixed, 4,096 tokens, top 64", MIXED, 64, LONG_CASES[:1] + LONG_CASES[4:], LONG_TOKENS),
+    SubjectCase("slim, 4,096 tokens, top 64", SLIM, 64, SLIM_CASES, LONG_TOKENS),
 ]
 
 

@@ -8,6 +8,7 @@ indexers selected, because at a near-tie rounding decides, and the one flipped r
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,7 +71,11 @@ class OracleRun:
 
 def run_oracle(config: Mapping[str, object], weights: Mapping[str, Tensor], tokens: Tensor) -> OracleRun:
     """Build it, set every tensor by name, and run it over tokens i64 [S], in chunks with its own cache."""
-    oracle = _build(config, weights)
+    return run_built(_build(config, weights), tokens)
+
+
+def run_built(oracle: Any, tokens: Tensor) -> OracleRun:
+    """Run it over tokens i64 [S]."""
     scorers = _outputs_of(oracle, "indexer.scorer")
     indexers = _outputs_of(oracle, "indexer")
     logits, cache = [], None
@@ -85,6 +90,25 @@ def run_oracle(config: Mapping[str, object], weights: Mapping[str, Tensor], toke
         for scores, selected in zip(scorers.values(), indexers.values(), strict=True)
     ]
     return OracleRun(torch.cat(logits), choices)
+
+
+def read_by_oracle(folder: Path) -> Any:
+    """The oracle as its own loader reads a folder in the release's format, dequantised, then in fp32.
+
+    bf16 is what the release's config asks for, and loses nothing of it. Sides of quantised matrices must be
+    multiples of 128, or below: it divides a matrix evenly among its scales.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
+
+        oracle = DeepseekV4ForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16,
+            attn_implementation="eager",
+            quantization_config=FineGrainedFP8Config(dequantize=True),
+        )
+    return oracle.float().eval()
 
 
 def oracle_tensor(name: str, weights: Mapping[str, Tensor], num_experts: int) -> Tensor:

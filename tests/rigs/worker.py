@@ -20,17 +20,20 @@ from forepage.errors import CapacityError, DependencyError, ForepageError
 from forepage.kv.geometry import KvGeometry
 from forepage.kv.ids import ArenaId
 from forepage.kv.prefix_hash import PrefixHasher
+from forepage.model.rank_group import RankGroup
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import ModelSettings, ResidencyMode, Settings, WorkerSettings
+from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtype, WorkerSettings
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
-from forepage.worker.assembly import ModelFolder, assemble
+from forepage.worker.assembly import ModelFolder, assemble, assemble_rank
 from forepage.worker.loop import Loop
 from forepage.worker.parts import WorkerParts
+from forepage.worker.rank_device import RankDevice
 from forepage.worker.request import Request
 from forepage.worker.sampler import Sampling
 from forepage.worker.sequence import Sequence
+from rigs.ranks import following_threads
 
 TURNS = 20_000
 
@@ -200,8 +203,11 @@ class Running:
 class WorkerRig:
     """The loop and its fakes."""
 
-    def __init__(self, parts: WorkerParts, arena: MemoryArena, index: ScriptedIndex) -> None:
+    def __init__(
+        self, parts: WorkerParts, arena: MemoryArena, index: ScriptedIndex, followers: Seq[RankDevice] = ()
+    ) -> None:
         self.parts = parts
+        self.ranks = [parts.device.local, *followers]
         self.arena = arena
         self.index = index
         self.loop = Loop(parts, arena.payloads)
@@ -245,12 +251,22 @@ class WorkerRig:
         self.loop.submit(sequence)
         return Running(sequence, events)
 
-    def run_until(self, condition: Callable[[], bool]) -> None:
-        """Turn the loop until the condition holds; every law is checked on the way."""
+    def settle_copies(self) -> None:
+        """Until every copy that any rank was asked for is over, so that a run can be repeated exactly."""
+        for rank in self.ranks:
+            rank.copies._executor.submit(int).result()
+
+    def run_until(self, condition: Callable[[], bool], *, in_step: bool = False) -> None:
+        """Turn the loop until the condition holds; every law is checked on the way.
+
+        `in_step`: copies never overlap turns.
+        """
         with torch.inference_mode():
             for _ in range(TURNS):
                 if condition():
                     return
+                if in_step:
+                    self.settle_copies()
                 self.loop.turn()
                 self.parts.blocks.check_integrity()
         raise AssertionError(f"not within {TURNS} turns")
@@ -267,8 +283,15 @@ class WorkerRig:
 
 
 @contextmanager
-def worker_rig(*, key_format: str = "fp8", **changes: Any) -> Iterator[WorkerRig]:
-    """A rig with small pools; `changes` go to WorkerSettings."""
+def worker_rig(
+    *,
+    key_format: str = "fp8",
+    kv_format: str = "fp8",
+    weight_dtype: WeightDtype = WeightDtype.FP32,
+    num_ranks: int = 1,
+    **changes: Any,
+) -> Iterator[WorkerRig]:
+    """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads."""
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
         "interval_steps": 16,
@@ -279,23 +302,40 @@ def worker_rig(*, key_format: str = "fp8", **changes: Any) -> Iterator[WorkerRig
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }
-    model = ModelSettings(key_format=key_format)
+    model = ModelSettings(key_format=key_format, kv_format=kv_format, weight_dtype=weight_dtype)
     settings = Settings(worker=WorkerSettings(**{**defaults, **changes}), model=model)
     folder, device = ModelFolder.read(settings.model), torch.device("cpu")
     arena, index = MemoryArena(folder.geometry, num_slots=200), ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
-    parts = assemble(
-        settings, folder, device, arena.payloads, arena_port=arena, index=index, telemetry=telemetry
-    )
-    blocks = parts.blocks
-    # a byte nobody wrote must never be read as a row: 0xFF is NaN in fp8, bf16 and fp32 alike
-    for pool in (blocks.pools.rows, blocks.pools.keys, blocks.pools.c128):
+
+    def follower(ranks: RankGroup) -> RankDevice:
+        return _poisoned(assemble_rank(settings.worker, folder, device, arena.payloads, ranks=ranks))
+
+    with following_threads(num_ranks, follower) as (ranks, followers):
+        parts = assemble(
+            settings,
+            folder,
+            device,
+            arena.payloads,
+            arena_port=arena,
+            index=index,
+            telemetry=telemetry,
+            ranks=ranks,
+        )
+        _poisoned(parts.device.local)
+        try:
+            yield WorkerRig(parts, arena, index, followers)
+        finally:
+            parts.device.close()
+            telemetry.close()
+
+
+def _poisoned(rank: RankDevice) -> RankDevice:
+    """A byte nobody wrote must never be read as a row: 0xFF is NaN in fp8, bf16 and fp32 alike."""
+    pools = rank.memory.pools
+    for pool in (pools.rows, pools.keys, pools.c128):
         pool.fill_(0xFF)
-    try:
-        yield WorkerRig(parts, arena, index)
-    finally:
-        parts.copies.close()
-        telemetry.close()
+    return rank
 
 
 def text_tokens(count: int, seed: int = 0) -> list[int]:

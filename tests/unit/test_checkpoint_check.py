@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from forepage import __main__ as cli
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
-from forepage.model.footprint import kv_cost, rank_bytes, sequence_footprint
+from forepage.model.footprint import held_bytes, kv_cost, rank_bytes, sequence_footprint
 from forepage.model.spec import ModelSpec
 from forepage.model.stored_form import StoredTensor, announced_tensors
 from forepage.model.tensor_parallel import can_split
-from forepage.settings import BUNDLED_MODEL, ResidencyMode, WorkerSettings
+from forepage.settings import BUNDLED_MODEL, ResidencyMode, WeightDtype, WorkerSettings
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import prefill_quota, steady_quota
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
@@ -158,7 +158,10 @@ def test_check_of_a_config_prints_flash(tmp_path: Path) -> None:
     assert row(lines, "in", "the", "folder")[0] == "69,187"
     assert row(lines, "in", "the", "folder")[-1] == "159,609,485,896"
     assert row(lines, "loaded")[-1] == "156,015,698,140"
-    assert row(lines, "4")[0] == "42,391,796,380"
+    stored, stored_size, _, _, _, held = row(lines, "4")[:6]
+    assert (stored, stored_size) == ("42,391,796,380", "(39.48")
+    assert held == f"{held_bytes(ModelSpec.from_config(FLASH), 4, WeightDtype.BF16):,}" == "148,481,157,404"
+    assert "Sequences on a GPU of 80 GiB: none, weights held as bf16 don't fit" in lines
     for fp8, mxfp4 in [[line.split() for line in lines if line.startswith("1M ")]]:
         assert fp8[1:6] == ["3,214,934,016", "726,663,168", "95,682,560", "3,214,336", "4,040,494,080"]
         assert mxfp4[5] == "3,688,172,544"
@@ -169,6 +172,24 @@ def test_check_of_a_config_prints_flash(tmp_path: Path) -> None:
     assert int(full[0][-1]) == free // (one + fixed) == 10
     assert int(full[1][-1]) == 2048 * GIB // ((4096 + 66 * 4) * geometry.slot_bytes)
     assert len([line for line in lines if "lookahead, guarded" in line]) == 4
+
+
+def test_check_counts_weights_as_the_worker_will_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, spec = str(config_folder(tmp_path, SMALL)), ModelSpec.from_config(SMALL)
+    held = {dtype: f"{held_bytes(spec, 1, dtype):,}" for dtype in (WeightDtype.FP32, WeightDtype.BF16)}
+    for variable, value, dtype in (
+        ("FOREPAGE_MODEL__WEIGHT_DTYPE", "fp32", WeightDtype.FP32),
+        ("FOREPAGE_MODEL__WEIGHT_DTYPE", "bf16", WeightDtype.BF16),
+        ("FOREPAGE_MODEL__DEVICE", "cpu", WeightDtype.FP32),
+        ("FOREPAGE_MODEL__DEVICE", "cuda:1", WeightDtype.BF16),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            _, lines = check(folder)
+        assert held[dtype] in row(lines, "1")
+        assert any(line.endswith(f"weights held as {dtype}") for line in lines)
 
 
 def test_check_counts_what_lies_in_the_folder(tmp_path: Path) -> None:
@@ -194,7 +215,8 @@ def test_check_is_plain_text_when_it_is_no_terminal(tmp_path: Path) -> None:
 def test_check_says_when_the_weights_fit_no_gpu(tmp_path: Path) -> None:
     code, lines = check(str(config_folder(tmp_path, FLASH)), "--gpu-bytes", str(16 * GIB))
     assert code == 0
-    assert "Sequences on a GPU of 16 GiB: none, the weights don't fit" in lines
+    for form in ("as stored", "held as bf16"):
+        assert f"Sequences on a GPU of 16 GiB: none, weights {form} don't fit" in lines
     assert "does not fit" in " ".join(row(lines, "8"))
 
 

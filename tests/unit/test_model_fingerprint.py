@@ -5,6 +5,7 @@ from pathlib import Path
 
 from forepage.kv.geometry import KeyFormat, KvFormat
 from forepage.model.fingerprint import HEAD_BYTES, model_fingerprint
+from forepage.settings import WeightDtype
 
 
 def make_folder(path: Path, config: str = "{}", weights: bytes = b"w" * 100) -> Path:
@@ -27,6 +28,7 @@ def test_fingerprint_differs_by_config_weights_and_formats(tmp_path: Path) -> No
         model_fingerprint(folder, KvFormat.FP8),
         model_fingerprint(folder, KvFormat.FP8, KeyFormat.MXFP4),
         model_fingerprint(folder, KvFormat.FP32),
+        model_fingerprint(folder, KvFormat.FP8, weight_dtype=WeightDtype.BF16),
         model_fingerprint(make_folder(tmp_path / "b", config='{"a": 1}'), KvFormat.FP8),
         model_fingerprint(make_folder(tmp_path / "c", weights=b"v" * 100), KvFormat.FP8),
         model_fingerprint(make_folder(tmp_path / "d", weights=big), KvFormat.FP8),

@@ -21,9 +21,10 @@ SEEDED_SHA256 = "0b4ff4bb24cd1a6914125c666273c4933d337c89909310aef77d54e0724e1d7
 """Of the bundled model's weights in name order. A change here changes every token the seeded model says."""
 
 
-def seeded() -> dict[str, Tensor]:
-    """The bundled model's weights."""
-    return seeded_weights(SPEC, 0, dtype=torch.float32, device=CPU)
+def seeded(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The bundled model's weights, each in storage of its own as a file wants them."""
+    weights = seeded_weights(SPEC, 0, dtype=dtype, device=CPU)
+    return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 def load(folder: Path, spec: ModelSpec = SPEC) -> dict[str, Tensor]:
@@ -62,10 +63,14 @@ def test_another_seed_gives_other_weights() -> None:
     assert not torch.equal(seeded()["embed.weight"], other["embed.weight"])
 
 
-def test_model_dtype_leaves_small_parameters_in_fp32() -> None:
-    weights = seeded_weights(SPEC, 0, dtype=torch.bfloat16, device=CPU)
-    assert weights["layers.2.attn.wq_a.weight"].dtype == torch.bfloat16
-    assert weights["layers.2.attn.compressor.ape"].dtype == torch.float32
+def test_model_dtype_leaves_what_is_computed_in_fp32() -> None:
+    weights = seeded(torch.bfloat16)
+    for name in ("embed", "layers.2.attn.wq_a", "layers.2.attn.indexer.weights_proj"):
+        assert weights[f"{name}.weight"].dtype == torch.bfloat16
+    fp32 = ("head.weight", "norm.weight", "hc_head_fn", "layers.3.ffn.gate.weight", "layers.3.ffn.gate.bias")
+    compressor = [f"layers.2.attn.compressor.{name}" for name in ("wkv.weight", "wgate.weight", "ape")]
+    for name in (*fp32, *compressor, "layers.2.attn.attn_sink", "layers.2.attn.kv_norm.weight"):
+        assert weights[name].dtype == torch.float32, name
     assert weights["layers.0.ffn.gate.tid2eid"].dtype == torch.int64
 
 
@@ -129,7 +134,9 @@ def test_saved_weights_load_to_the_same_bits_from_several_files(tmp_path: Path) 
 
 
 def test_bf16_checkpoint_is_upcast(tmp_path: Path) -> None:
-    weights = seeded_weights(SPEC, 0, dtype=torch.bfloat16, device=CPU)
+    weights = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in seeded().items()
+    }
     save_file(weights, tmp_path / "model.safetensors")
     loaded = load(tmp_path)
     assert loaded["head.weight"].dtype == torch.float32

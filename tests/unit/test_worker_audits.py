@@ -30,7 +30,7 @@ def all_keys(rig: WorkerRig, running: Running, layer: int) -> np.ndarray:
     layout = KeyLayout(64, geometry.index_dims, "fp8")
     slots = rig.arena.payloads.view(-1, geometry.slot_bytes)
     arena = KeyPool(slots, geometry.keys_offset + layer * geometry.keys_plane_bytes, layout)
-    device = KeyPool(rig.parts.blocks.pools.keys, layer * geometry.keys_plane_bytes, layout)
+    device = KeyPool(rig.parts.device.local.memory.pools.keys, layer * geometry.keys_plane_bytes, layout)
     keys = []
     for block in range(sequence.resident.num_blocks):
         ref = sequence.arena.ref_by_block.get(block)

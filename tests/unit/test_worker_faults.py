@@ -288,7 +288,7 @@ def test_a_load_that_ends_before_the_repair_began_does_not_count_as_the_repair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with worker_rig(interval_steps=8, random_audits=0) as rig:
-        loads = HeldLoads(rig.parts.copies, monkeypatch)
+        loads = HeldLoads(rig.parts.device.local.copies, monkeypatch)
         rig.index.auto = lambda request: plan_reply(request, [0] if request.audits else [1])
         running = rig.submit(PROMPT, mode=GUARDED, max_tokens=60, budget_blocks=1)
         decode_until(rig, running, 2)
@@ -308,7 +308,7 @@ def test_a_load_that_ends_before_the_repair_began_does_not_count_as_the_repair(
 
 def test_a_plan_overtaken_by_the_next_boundary_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
     with worker_rig(interval_steps=4) as rig:
-        loads = HeldLoads(rig.parts.copies, monkeypatch)
+        loads = HeldLoads(rig.parts.device.local.copies, monkeypatch)
         rig.index.auto = wants(1, 3)
         running = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=60)
         decode_until(rig, running, 2)
@@ -329,7 +329,7 @@ def test_a_plan_overtaken_by_the_next_boundary_is_discarded(monkeypatch: pytest.
 def test_stepping_back_is_not_decided_before_the_keys_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load of keys that outlasts intervals: what paging misses was not looked at meanwhile."""
     with worker_rig(interval_steps=4, clean_intervals=1) as rig:
-        loads = HeldLoads(rig.parts.copies, monkeypatch)
+        loads = HeldLoads(rig.parts.device.local.copies, monkeypatch)
         rig.index.auto = wants(1, 3)
         running = rig.submit(PROMPT, mode=GUARDED, max_tokens=40)
         decode_until(rig, running, 2)
@@ -379,7 +379,7 @@ def test_a_lost_record_ends_the_request_before_another_token_in_exact(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with worker_rig(interval_steps=4) as rig:
-        loads = HeldLoads(rig.parts.copies, monkeypatch)
+        loads = HeldLoads(rig.parts.device.local.copies, monkeypatch)
         rig.index.auto = wants(1, 3)
         running = rig.submit(PROMPT, mode=EXACT, max_tokens=60)
         decode_until(rig, running, 2)

@@ -7,7 +7,7 @@ import pytest
 from forepage.coldpool.client import SlotRef
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import ResidencyMode
+from forepage.settings import ResidencyMode, WeightDtype
 from forepage.worker.sampler import Sampling
 from forepage.worker.sequence import Phase
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
@@ -29,9 +29,12 @@ def tokens_of(rig: WorkerRig, mode: ResidencyMode, **how: object) -> Running:
     return running
 
 
-@pytest.mark.parametrize("key_format", ["fp8", "mxfp4"])
-def test_exact_gives_the_tokens_of_full_and_pulls_rows(key_format: str) -> None:
-    with worker_rig(key_format=key_format) as rig:
+@pytest.mark.parametrize(
+    ("key_format", "weight_dtype"),
+    [("fp8", WeightDtype.FP32), ("mxfp4", WeightDtype.FP32), ("fp8", WeightDtype.BF16)],
+)
+def test_exact_gives_the_tokens_of_full_and_pulls_rows(key_format: str, weight_dtype: WeightDtype) -> None:
+    with worker_rig(key_format=key_format, weight_dtype=weight_dtype) as rig:
         rig.index.auto = answering()
         full = tokens_of(rig, FULL, max_tokens=40, salt="a")
         exact = tokens_of(rig, EXACT, max_tokens=40, salt="b")

@@ -70,6 +70,7 @@ class Attachment:
         self.leases: Counter[SlotRef] = Counter()
         """Leases and reserved slots; changed only within the gate."""
         self.view: ArenaView | None = None
+        self.arena_path: Path | None = None
         self.is_stale = True
 
     def forget(self, refs: Sequence[SlotRef]) -> None:
@@ -190,7 +191,7 @@ class Attachment:
         view = ArenaView.open(Path(reply.arena_path), writable=True)
         if view.uuid != reply.arena_uuid:
             raise DependencyError("cold pool: the arena was replaced while attaching", retry_after_s=1.0)
-        self.view = view
+        self.view, self.arena_path = view, Path(reply.arena_path)
         return (None if is_first else view), void
 
 

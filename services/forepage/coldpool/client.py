@@ -7,6 +7,7 @@ be given back meanwhile is told with the next announcement (attachment.py).
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -85,6 +86,13 @@ class ColdPoolClient:
         if self._bond.view is None:
             raise DependencyError("cold pool: not attached yet")
         return self._bond.view
+
+    @property
+    def arena_path(self) -> Path:
+        """The arena's file, for processes that share this holder's leases. Raises: as `view`."""
+        if self._bond.arena_path is None:
+            raise DependencyError("cold pool: not attached yet")
+        return self._bond.arena_path
 
     @property
     def num_leases(self) -> int:

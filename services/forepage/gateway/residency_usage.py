@@ -8,11 +8,13 @@ from forepage.gateway.schemas import ResidencyFields
 from forepage.rpc import worker_pb2 as pb
 
 JsonScalar = str | int | float | bool | None
-Report = dict[str, JsonScalar]
+JsonValue = JsonScalar | list[float] | list[int]
+Report = dict[str, JsonValue]
 """One choice's report."""
-ResidencyUsage = dict[str, JsonScalar | list[Report | None]]
+ResidencyUsage = dict[str, JsonValue | list[Report | None]]
 """The first choice's report; with several, all of them as `per_choice`."""
 MODE_PREFIX = "RESIDENCY_MODE_"
+SOURCE_PREFIX = "PLAN_SOURCE_"
 
 
 def residency_usage(report: pb.ResidencyReport) -> Report:
@@ -35,17 +37,27 @@ def residency_wish(fields: ResidencyFields | None) -> pb.Residency:
         mode=fields.mode and MODE_PREFIX + fields.mode.upper(),
         min_recall=fields.min_recall,
         budget_blocks=fields.budget_blocks,
+        plan_source=fields.plan_source and SOURCE_PREFIX + fields.plan_source.upper(),
+        threshold=fields.threshold,
+        audit=bool(fields.audit),
     )
 
 
-def _plain(report: pb.ResidencyReport, field: Any) -> JsonScalar:
+def _plain(report: pb.ResidencyReport, field: Any) -> JsonValue:
     if field.has_presence and not report.HasField(field.name):
         return None
     value = getattr(report, field.name)
+    if not isinstance(value, str | int | float):  # a repeated field
+        return [one if isinstance(one, int) else float(f"{one:.6g}") for one in value]
     if field.enum_type is not None:
         known = field.enum_type.values_by_number.get(value)
-        return None if known is None else str(known.name).removeprefix(MODE_PREFIX).lower()
+        return None if known is None else _word(known.name)
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None  # a 32-bit float has 7 digits
     plain: JsonScalar = value
     return plain
+
+
+def _word(name: str) -> str:
+    """A mode or a source without what all of its kind begin with."""
+    return name.removeprefix(MODE_PREFIX).removeprefix(SOURCE_PREFIX).lower()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from forepage.kv.plan_source import PlanSource
 from forepage.settings import ResidencyMode
 
 MAX_CHOICES = 8
@@ -60,6 +61,11 @@ class ResidencyFields(Fields):
     mode: Annotated[ResidencyMode, Field(strict=False)] | None = None
     min_recall: float | None = Field(None, ge=0.0, le=1.0)
     budget_blocks: int | None = Field(None, ge=1, le=INT32_MAX)
+    plan_source: Annotated[PlanSource, Field(strict=False)] | None = Field(
+        None, description="for measuring: a baseline that keeps as many blocks as the memory indexer would"
+    )
+    threshold: float | None = Field(None, ge=0.0, le=1.0, description="an entry is wanted above this")
+    audit: bool | None = Field(None, description="audit lookahead too, and report every audited step")
 
 
 class StreamOptions(Fields):

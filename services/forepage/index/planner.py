@@ -17,6 +17,7 @@ from forepage.index.question import (
     parse_request,
 )
 from forepage.index.scorer import Scorer
+from forepage.kv.plan_source import baseline_choice
 from forepage.kv.prefetch_plan import PrefetchPlan, choose_blocks
 from forepage.rpc import index_pb2 as pb
 
@@ -67,6 +68,11 @@ class Planner:
             threshold=asked.threshold,
             check=check,
         )
-        choice = choose_blocks(scored.scores, threshold=asked.threshold, budget_blocks=asked.budget_blocks)
+        choice = baseline_choice(
+            choose_blocks(scored.scores, threshold=asked.threshold, budget_blocks=asked.budget_blocks),
+            asked.source,
+            num_candidates=asked.num_candidates,
+            seed=asked.position,
+        )
         plan = PrefetchPlan(question.stamp, choice.blocks, choice.scores, choice.num_above_threshold)
         return PlanAnswer(plan, scored.num_scored)

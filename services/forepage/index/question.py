@@ -15,9 +15,16 @@ from forepage.coldpool.records import SlotRef
 from forepage.errors import RequestError
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, KvGeometry
 from forepage.kv.ids import ArenaId, SequenceId
+from forepage.kv.plan_source import PlanSource
 from forepage.kv.prefetch_plan import PlanStamp
 from forepage.model.spec import ModelSpec
 from forepage.rpc import index_pb2 as pb
+
+SOURCES: dict[pb.PlanSource, PlanSource] = {
+    pb.PLAN_SOURCE_RECENCY: PlanSource.RECENCY,
+    pb.PLAN_SOURCE_RANDOM: PlanSource.RANDOM,
+}
+"""The baselines; any other value is the memory indexer."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Prediction:
     position: int
     hidden: Tensor  # f32 [target layers, hidden]
     threshold: float
+    source: PlanSource = PlanSource.MEMORY_INDEXER
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ def _prediction(predict: pb.Predict, num_blocks: int, limits: QuestionLimits) ->
         position=_position("predict.position", predict.position, limits),
         hidden=_floats("predict.hidden", predict.hidden, (limits.num_target_layers, limits.hidden_size)),
         threshold=threshold,
+        source=SOURCES.get(predict.source, PlanSource.MEMORY_INDEXER),
     )
 
 

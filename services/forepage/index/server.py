@@ -126,13 +126,12 @@ def build_servicer(
     telemetry: Telemetry,
 ) -> tuple[LookaheadServicer, KeyStore]:
     """Everything behind the stream, from the settings. Raises: ModelFormatError for the model folder."""
-    config = read_config(settings.model.path)
+    model = settings.model
+    config = read_config(model.path)
     spec = ModelSpec.from_config(config)
-    geometry = KvGeometry.from_config(
-        config, KvFormat(settings.model.kv_format), KeyFormat(settings.model.key_format)
-    )
+    geometry = KvGeometry.from_config(config, KvFormat(model.kv_format), KeyFormat(model.key_format))
     device = torch.device(settings.index.device)
-    indexer = MemoryIndexer.load(settings.model.path, spec, geometry.format, device)
+    indexer = MemoryIndexer.load(model.path, spec, geometry.format, device, model.memory_indexer)
     store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry, device)
     limits = QuestionLimits.of_model(
         spec,

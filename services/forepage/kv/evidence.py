@@ -143,6 +143,11 @@ class RecallEstimate:
         return len(self._recalls)
 
     @property
+    def steps(self) -> tuple[float, ...]:
+        """The recall of each of them, in the order they were added."""
+        return tuple(self._recalls)
+
+    @property
     def mean(self) -> float | None:
         """Mean recall of an audited step, each step counting the same."""
         return math.fsum(self._recalls) / len(self._recalls) if self._recalls else None

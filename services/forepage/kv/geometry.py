@@ -254,6 +254,20 @@ class KvGeometry:
         return self.fixed_bytes(num_tokens) + row_blocks * self.rows_bytes + key_blocks * self.keys_bytes
 
 
+V4_FLASH = KvGeometry(
+    c4_layers=tuple(range(2, 43, 2)),
+    c128_layers=tuple(range(3, 43, 2)),
+    num_layers=43,
+    head_dim=512,
+    rope_dims=64,
+    index_dims=128,
+    window_tokens=128,
+    format=KvFormat.FP8,
+    key_format=KeyFormat.FP8,
+)
+"""The released V4-Flash: what resident sets of other models are also priced at (`footprint_flash`)."""
+
+
 def _int(config: Mapping[str, object], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:

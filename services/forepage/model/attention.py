@@ -17,6 +17,7 @@ from forepage.model.dense_attention import attend_masked, tile_tokens, window_ma
 from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import PoolLayers
 from forepage.model.norm import rms_norm, unit_rms
+from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.step import DecodeStep, PrefillStep, TokenRopes
@@ -41,7 +42,10 @@ class Attended:
 
 @dataclass(frozen=True)
 class Attention:
-    """Weights of one layer (H heads of d dims, G output groups) and its compressed branch, if any."""
+    """Weights of one layer (H heads of d dims, G output groups) and its compressed branch, if any.
+
+    Of several ranks each has H and G of its own; all else, the branch included, is the same on all.
+    """
 
     layer: int
     wq_a: Tensor  # [q_lora, D]
@@ -49,15 +53,18 @@ class Attention:
     wkv: Tensor  # [d, D]
     wo_a: Tensor  # [G, o_lora, H * d / G]
     wo_b: Tensor  # [D, G * o_lora]
-    q_norm: Tensor  # [q_lora]
+    q_norm: Tensor  # f32 [q_lora]
     kv_norm: Tensor  # f32 [d]
     sinks: Tensor  # f32 [H]
     branch: C4Branch | C128Branch | None
     spec: ModelSpec
+    ranks: RankGroup
 
     @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> "Attention":
-        """Read `layers.{layer}.attn.*`."""
+    def from_weights(
+        cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec, ranks: RankGroup = ALONE
+    ) -> "Attention":
+        """Read `layers.{layer}.attn.*`, the rank's parts."""
         prefix = f"layers.{layer}.attn."
 
         def matrix(name: str) -> Tensor:
@@ -68,13 +75,14 @@ class Attention:
             wq_a=matrix("wq_a"),
             wq_b=matrix("wq_b"),
             wkv=matrix("wkv"),
-            wo_a=matrix("wo_a").view(spec.o_groups, spec.o_lora_rank, -1),
+            wo_a=matrix("wo_a").view(spec.o_groups // ranks.num_ranks, spec.o_lora_rank, -1),
             wo_b=matrix("wo_b"),
             q_norm=matrix("q_norm"),
-            kv_norm=matrix("kv_norm").float(),
-            sinks=weights[f"{prefix}attn_sink"].float(),
+            kv_norm=matrix("kv_norm"),
+            sinks=weights[f"{prefix}attn_sink"],
             branch=branch_of(weights, layer, spec),
             spec=spec,
+            ranks=ranks,
         )
 
     def decode(self, x: Tensor, step: DecodeStep, pools: PoolLayers, arena: Tensor | None) -> Attended:
@@ -105,7 +113,7 @@ class Attention:
         """q [S, H, d] -> f32 [S, H, d], some tokens at a time, each tile over the rows it can see."""
         num_tokens, width = q.shape[0], self.spec.window_tokens
         first_row = step.start - (window.shape[0] - num_tokens)  # token of window[0]
-        tile = tile_tokens(self.spec.num_heads, width if rows is None else width + rows.rows.shape[0])
+        tile = tile_tokens(self._num_heads, width if rows is None else width + rows.rows.shape[0])
         outputs = []
         for first in range(0, num_tokens, tile):
             last = min(first + tile, num_tokens)
@@ -120,6 +128,10 @@ class Attention:
         return torch.cat(outputs)
 
     @property
+    def _num_heads(self) -> int:
+        return self.sinks.shape[0]
+
+    @property
     def _scale(self) -> float:
         return float(self.spec.head_dim**-0.5)
 
@@ -129,7 +141,7 @@ class Attention:
     def _query(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         """x [n, D] -> queries [n, H, d], and the normed latent [n, q_lora] that the indexer reads too."""
         latent = rms_norm(F.linear(x, self.wq_a), self.q_norm, self.spec.norm_eps)
-        q = F.linear(latent, self.wq_b).view(x.shape[0], self.spec.num_heads, self.spec.head_dim)
+        q = F.linear(latent, self.wq_b).view(x.shape[0], self._num_heads, self.spec.head_dim)
         q = rope.per_head().apply(unit_rms(q, self.spec.norm_eps))
         return q.to(x.dtype), latent
 
@@ -166,8 +178,15 @@ class Attention:
         compress_quantize(kv, gate, self.kv_norm, rope.cos, rope.sin, pool, slots, rope_dims=dims, eps=eps)
 
     def _output(self, attended: Tensor, rope: Rotation) -> Tensor:
-        """attended [n, H, d] -> [n, D]: rotate back, then two low-rank products, the first per group."""
+        """attended [n, H, d] -> [n, D]: rotate back, then two low-rank products, the first per group.
+
+        The second sums over all ranks' groups: each rank's product leaves its matrix multiply in the model's
+        dtype, the sum of them is in fp32 and rounded once.
+        """
         plain = rope.per_head().undo(attended).to(self.wo_a.dtype)
-        groups = plain.reshape(plain.shape[0], self.spec.o_groups, -1)  # [n, G, H * d / G]
+        groups = plain.reshape(plain.shape[0], self.wo_a.shape[0], -1)  # [n, G, H * d / G]
         latent = torch.einsum("ngi,gri->ngr", groups, self.wo_a)
-        return F.linear(latent.flatten(1), self.wo_b)
+        partial = F.linear(latent.flatten(1), self.wo_b)
+        if self.ranks.num_ranks == 1:
+            return partial
+        return self.ranks.all_reduce(partial.float()).to(partial.dtype)

@@ -20,7 +20,7 @@ from forepage.model.stored_form import DTYPE_BYTES, Form, Span, allowed_forms, s
 from forepage.model.weight_table import weight_table
 
 TILE_BYTES = 1 << 20
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -85,7 +85,7 @@ class CheckpointReader:
 def _read_part(tensor: FileTensor, span: Span) -> Tensor:
     """Stored elements of a part: whole rows in one read, else row tiles of which the columns are kept."""
     shape = tensor.stored.shape
-    part = torch.empty(span.shape(len(shape)), dtype=_TORCH_DTYPES[tensor.stored.dtype])
+    part = torch.empty(span.shape(len(shape)), dtype=TORCH_DTYPES[tensor.stored.dtype])
     whole = Span.of(shape)
     if span.columns == whole.columns:
         _fill(tensor, part, first_row=span.rows.start)

@@ -17,6 +17,7 @@ from torch import Tensor
 from forepage.kv.geometry import C4_RATIO
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
+from forepage.model.weights import side_by_side
 from forepage_kernels.compress_quantize import compress_quantize
 from forepage_kernels.layout import KeyPool, RowPool
 
@@ -48,11 +49,11 @@ class Compressor:
         cls, weights: Mapping[str, Tensor], prefix: str, ratio: int, spec: ModelSpec
     ) -> "Compressor":
         """Read `{prefix}wkv`, `wgate`, `norm` and `ape`."""
-        projections = [weights[f"{prefix}{name}.weight"].float() for name in ("wkv", "wgate")]
+        projections = [weights[f"{prefix}{name}.weight"] for name in ("wkv", "wgate")]
         return cls(
-            w_kv_gate=torch.cat(projections),
-            position_bias=weights[f"{prefix}ape"].float(),
-            norm=weights[f"{prefix}norm.weight"].float(),
+            w_kv_gate=side_by_side(projections).flatten(0, 1),
+            position_bias=weights[f"{prefix}ape"],
+            norm=weights[f"{prefix}norm.weight"],
             ratio=ratio,
             spec=spec,
         )

@@ -4,20 +4,21 @@ The KV rules are the worker's own (quota and admission): a block is promised bef
 blocks and resume records go to the host in every mode.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvGeometry
 from forepage.model.spec import ModelSpec
-from forepage.model.stored_form import StoredTensor, stored_parts
+from forepage.model.stored_form import Span, StoredTensor, stored_parts
 from forepage.model.tensor_parallel import rank_span
-from forepage.model.weight_table import weight_table
-from forepage.settings import ResidencyMode, WorkerSettings
+from forepage.model.weight_table import WeightEntry, fixed_dtype, weight_table
+from forepage.settings import ResidencyMode, WeightDtype, WorkerSettings
 
 TAIL_BLOCKS = 4
 """Always resident beyond `recent_tokens`: the tail's two ragged ends and a late commit's growth."""
 RESUME_POINTS = 2
 """Resume records beside the periodic ones: at the end of the prompt and of the answer."""
+_DTYPES = {WeightDtype.FP32: "F32", WeightDtype.BF16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,32 @@ def kv_cost(geometry: KvGeometry, num_tokens: int) -> KvCost:
 
 def rank_bytes(spec: ModelSpec, stored: Mapping[str, StoredTensor], num_ranks: int) -> int:
     """Most bytes that a rank keeps of the weights, as stored (`can_split` must hold)."""
+
+    def size(name: str, entry: WeightEntry, span: Span) -> int:
+        return sum(part.num_bytes for _, part in stored_parts(name, entry, stored[name].dtype, span))
+
+    return _largest_rank(spec, num_ranks, size)
+
+
+def held_bytes(spec: ModelSpec, num_ranks: int, dtype: WeightDtype) -> int:
+    """Most bytes that a rank holds of the weights once loaded (`can_split` must hold, `dtype` not auto)."""
+
+    def size(name: str, entry: WeightEntry, span: Span) -> int:
+        del name
+        held = StoredTensor(fixed_dtype(entry.role) or _DTYPES[dtype], span.shape(len(entry.shape)))
+        return held.num_bytes
+
+    return _largest_rank(spec, num_ranks, size)
+
+
+def _largest_rank(spec: ModelSpec, num_ranks: int, size: Callable[[str, WeightEntry, Span], int]) -> int:
+    """The largest sum over what a rank has of each tensor."""
     totals = [0] * num_ranks
     for name, entry in weight_table(spec).items():
         for rank in range(num_ranks):
             span = rank_span(entry, spec, rank=rank, num_ranks=num_ranks)
             if span is not None:
-                parts = stored_parts(name, entry, stored[name].dtype, span)
-                totals[rank] += sum(part.num_bytes for _, part in parts)
+                totals[rank] += size(name, entry, span)
     return max(totals)
 
 

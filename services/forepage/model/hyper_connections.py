@@ -72,7 +72,7 @@ class HyperConnection:
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec) -> "HyperConnection":
         """Read `{prefix}_fn`, `_base` and `_scale`."""
-        fn, base, scale = (weights[f"{prefix}_{name}"].float() for name in ("fn", "base", "scale"))
+        fn, base, scale = (weights[f"{prefix}_{name}"] for name in ("fn", "base", "scale"))
         return cls(fn, base, scale, Sinkhorn.from_spec(spec, fn.device), spec)
 
     def collapse(self, streams: Tensor) -> tuple[Tensor, StreamMix]:
@@ -102,7 +102,7 @@ class HyperHead:
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor], spec: ModelSpec) -> "HyperHead":
         """Read `hc_head_fn`, `_base` and `_scale`."""
-        fn, base, scale = (weights[f"hc_head_{name}"].float() for name in ("fn", "base", "scale"))
+        fn, base, scale = (weights[f"hc_head_{name}"] for name in ("fn", "base", "scale"))
         return cls(fn, base, scale, spec)
 
     def collapse(self, streams: Tensor) -> Tensor:

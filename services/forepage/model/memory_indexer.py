@@ -5,13 +5,14 @@ own indexer, but it predicts what the *next interval* will select. The key side 
 untouched; `forepage_kernels.memory_indexer` scores them. The index computes queries here, the worker only
 reads which layers to tap. Source of graph and tensor names: FlashMemory-DeepSeek-V4 (released retriever).
 
-memory_indexer.json beside the model:
+memory_indexer.json beside the tensors, in the model's folder if no other file is named:
     target_layers   indices into the c4 layers, ascending
     heads, rank     sizes; needed with `seed`, else checked against the tensors where given
     threshold       an entry is wanted above this probability
     seed            makes weights when there is no memory_indexer.safetensors
-Tensors: retrievers.l{c4_idx}.{wq_a.weight [R, D], q_norm_weight [R], wq_b.weight [H * Di, R],
-weights_proj.weight [H, D]}.
+A file named by the settings may do without: its tensors say the layers, the released threshold holds.
+Tensors (`indexer_tensors.py` reads them): wq_a.weight [R, D], q_norm_weight [R], wq_b.weight [H * Di, R],
+weights_proj.weight [H, D] for each layer.
 """
 
 import json
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from forepage.errors import ModelFormatError, RequestError
 from forepage.kv.geometry import KvFormat
+from forepage.model.indexer_tensors import PREFIX, read_tensors, target_layers, tensor_names
 from forepage.model.norm import rms_norm
 from forepage.model.rope import rotation, yarn_frequencies
 from forepage.model.spec import ModelSpec
@@ -33,9 +34,8 @@ from forepage_kernels.layout import hadamard
 
 CONFIG_NAME = "memory_indexer.json"
 WEIGHTS_NAME = "memory_indexer.safetensors"
-PREFIX = "retrievers"
-ROPE_TABLE_NAME = "freqs_cis"
-"""A buffer that released checkpoints carry; recomputed here with the model's recipe, as everywhere."""
+RELEASED_THRESHOLD = 0.5
+"""What the released indexer was trained and measured at. Source: FlashMemory-DeepSeek-V4 training notes."""
 _FIELDS = {"target_layers", "heads", "rank", "threshold", "seed"}
 
 
@@ -81,16 +81,21 @@ class MemoryIndexer:
 
     @classmethod
     def load(
-        cls, folder: Path, spec: ModelSpec, kv_format: KvFormat, device: torch.device
+        cls,
+        folder: Path,
+        spec: ModelSpec,
+        kv_format: KvFormat,
+        device: torch.device,
+        file: Path | None = None,
     ) -> "MemoryIndexer":
-        """Read the folder's tensors, or seed when it has none and the config names a seed.
+        """Read `file`; if none is named the model folder's, or seed when it has none and names a seed.
 
         Raises: ModelFormatError naming the file, and the field or tensor, that is wrong.
         """
-        config = read_indexer_config(folder, spec)
-        path = folder / WEIGHTS_NAME
-        if path.exists():
-            tensors = _read_tensors(path, device)
+        config = read_indexer_config(folder, spec, file)
+        path = file or folder / WEIGHTS_NAME
+        if file is not None or path.exists():
+            tensors = read_tensors(path, device)
         elif config.seed is not None:
             tensors = {name: tensor.to(device) for name, tensor in seeded_tensors(spec, config).items()}
         else:
@@ -128,9 +133,16 @@ class MemoryIndexer:
             )
 
 
-def read_indexer_config(folder: Path, spec: ModelSpec) -> IndexerConfig:
-    """Parse `folder`/memory_indexer.json. Raises: ModelFormatError naming the field."""
-    path = folder / CONFIG_NAME
+def read_indexer_config(folder: Path, spec: ModelSpec, file: Path | None = None) -> IndexerConfig:
+    """Parse memory_indexer.json beside `file`, if one is named, else in the model folder.
+
+    Raises: ModelFormatError naming the field; or the tensor, where a named file's tensors must do instead.
+    """
+    if file is not None and not (file.parent / CONFIG_NAME).exists():
+        layers = target_layers(file, tensor_names(file))
+        valid = _target_layers(file, list(layers), len(spec.c4_layers))
+        return IndexerConfig(valid, RELEASED_THRESHOLD, heads=None, rank=None, seed=None)
+    path = (folder if file is None else file.parent) / CONFIG_NAME
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -171,23 +183,6 @@ def seeded_tensors(spec: ModelSpec, config: IndexerConfig) -> dict[str, Tensor]:
             uniform = torch.rand(shape, generator=generator) * 2 - 1
             tensors[f"{PREFIX}.l{layer}.{name}"] = uniform * math.sqrt(3 / shape[1])
         tensors[f"{PREFIX}.l{layer}.q_norm_weight"] = torch.ones(config.rank)
-    return tensors
-
-
-def _read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Every tensor of the file but RoPE tables, fp32. Raises: ModelFormatError."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name.endswith(f".{ROPE_TABLE_NAME}"):
-                    continue
-                tensor = file.get_tensor(name)
-                if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                    raise ModelFormatError(f"{path}: {name} is {tensor.dtype}, wanted float32 or bfloat16")
-                tensors[name] = tensor.to(device, torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise ModelFormatError(f"{path}: can't read: {error}") from error
     return tensors
 
 

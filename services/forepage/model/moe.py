@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.spec import ModelSpec
+from forepage.model.tensor_parallel import rank_experts
 from forepage.model.weights import side_by_side
 
 DENSE_EXPERTS = 16
@@ -47,7 +49,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """One layer's feed-forward: experts w13 [E, 2M, D] (gate over up), w2 [E, D, M], and the shared one."""
+    """One layer's feed-forward: experts w13 [E, 2M, D] (gate over up), w2 [E, D, M], and the shared one.
+
+    Of several ranks each has E whole experts of its own, from `first_expert` on, and all of the rest.
+    """
 
     gate: Gate
     w13: Tensor
@@ -55,28 +60,34 @@ class MixtureOfExperts:
     shared_w13: Tensor
     shared_w2: Tensor
     spec: ModelSpec
+    first_expert: int
+    ranks: RankGroup
 
     @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec) -> "MixtureOfExperts":
-        """Read `{prefix}gate.*`, `experts.*` and `shared_experts.*`."""
-        bias = weights.get(f"{prefix}gate.bias")
+    def from_weights(
+        cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec, ranks: RankGroup = ALONE
+    ) -> "MixtureOfExperts":
+        """Read `{prefix}gate.*`, the rank's `experts.*`, and `shared_experts.*`."""
         gate = Gate(
-            weight=weights[f"{prefix}gate.weight"].float(),
-            bias=None if bias is None else bias.float(),
+            weight=weights[f"{prefix}gate.weight"],
+            bias=weights.get(f"{prefix}gate.bias"),
             expert_ids=weights.get(f"{prefix}gate.tid2eid"),
             spec=spec,
         )
 
-        experts = [f"{prefix}experts.{e}." for e in range(spec.num_experts)]
+        mine = rank_experts(spec, ranks.rank, ranks.num_ranks)
+        experts = [f"{prefix}experts.{e}." for e in mine]
         gate_and_up = [weights[f"{expert}{w}.weight"] for expert in experts for w in ("w1", "w3")]
         shared = [weights[f"{prefix}shared_experts.{w}.weight"] for w in ("w1", "w3")]
         return cls(
             gate=gate,
-            w13=side_by_side(gate_and_up).view(spec.num_experts, 2 * spec.expert_size, -1),
+            w13=side_by_side(gate_and_up).view(len(mine), 2 * spec.expert_size, -1),
             w2=side_by_side([weights[f"{expert}w2.weight"] for expert in experts]),
             shared_w13=side_by_side(shared).flatten(0, 1),
             shared_w2=weights[f"{prefix}shared_experts.w2.weight"],
             spec=spec,
+            first_expert=mine.start,
+            ranks=ranks,
         )
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -84,25 +95,34 @@ class MixtureOfExperts:
         experts, weights = self.gate.route(x, tokens)
         run = self._dense if self.spec.num_experts <= DENSE_EXPERTS else self._grouped
         shared = F.linear(self._activate(F.linear(x, self.shared_w13)), self.shared_w2)
-        return (run(x, experts, weights) + shared.float()).to(x.dtype)
+        routed = self.ranks.all_reduce(run(x, experts, weights))  # fp32; the shared expert is added once
+        return (routed + shared.float()).to(x.dtype)
 
     def _dense(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Every expert on every token, unchosen ones weighted zero -> f32 [n, D]."""
+        """Every expert of the rank on every token, unchosen ones weighted zero -> f32 [n, D]."""
         shape = (x.shape[0], self.spec.num_experts)
-        share = torch.zeros(shape, device=x.device).scatter_add(-1, experts, weights)  # [n, E]
+        share = torch.zeros(shape, device=x.device).scatter_add(-1, experts, weights)
+        share = share[:, self.first_expert : self.first_expert + self.w2.shape[0]]  # [n, E]
         hidden = self._activate(torch.matmul(x, self.w13.transpose(-1, -2)))  # [E, n, M]
         outputs = torch.bmm(hidden, self.w2.transpose(-1, -2))  # [E, n, D]
         return torch.einsum("end,ne->nd", outputs.float(), share)
 
     def _grouped(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Tokens sorted by expert, one grouped product per matrix -> f32 [n, D]."""
-        num_chosen = experts.shape[-1]
-        by_expert = experts.flatten().argsort(stable=True)  # [n*k]
-        ids = torch.arange(self.spec.num_experts, device=x.device)
-        ends = (experts.flatten() == ids.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)  # [E]
+        """Tokens sorted by expert, one grouped product per matrix -> f32 [n, D].
+
+        Other ranks' choices sort behind the last group, where the products leave memory as it was: zeroed.
+        """
+        num_chosen, num_mine = experts.shape[-1], self.w2.shape[0]
+        local = experts.flatten() - self.first_expert  # [n*k]
+        local = torch.where((local >= 0) & (local < num_mine), local, num_mine)
+        by_expert = local.argsort(stable=True)  # [n*k]
+        ids = torch.arange(num_mine, device=x.device)
+        ends = (local == ids.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)  # [E]
         inputs = x[by_expert // num_chosen]  # [n*k, D]
         hidden = self._activate(F.grouped_mm(inputs, self.w13.transpose(-1, -2), offs=ends))
         sorted_outputs = F.grouped_mm(hidden, self.w2.transpose(-1, -2), offs=ends)  # [n*k, D]
+        is_mine = (local[by_expert] < num_mine).unsqueeze(1)
+        sorted_outputs = torch.where(is_mine, sorted_outputs, 0)
         outputs = torch.empty_like(sorted_outputs).index_copy(0, by_expert, sorted_outputs)
         return torch.einsum("nkd,nk->nd", outputs.float().view(x.shape[0], num_chosen, -1), weights)
 

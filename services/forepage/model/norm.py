@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d] / rms(x) * weight [d]; the weight multiplies in fp32; dtype of x out."""
-    return (unit_rms(x, eps) * weight.float()).to(x.dtype)
+    """x [..., d] / rms(x) * weight f32 [d]; dtype of x out."""
+    return (unit_rms(x, eps) * weight).to(x.dtype)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:

@@ -39,6 +39,8 @@ DTYPE_BYTES = {
 }
 """Every whole-byte dtype of safetensors; most of them no checkpoint of ours may use."""
 _FLOATS = ("BF16", "F16", "F32")
+_STORED_BF16 = {Role.MATRIX, Role.FP32_MATRIX, Role.LINEAR, Role.EXPERT, Role.EMBEDDING, Role.NORM}
+"""Of the release's tensors, those that are not quantised."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def announced_dtype(role: Role, config: Mapping[str, object]) -> str:
     if role in (Role.LINEAR, Role.EXPERT) and config.get("quantization_config"):
         is_fp4 = role is Role.EXPERT and config.get("expert_dtype", "fp4") == "fp4"
         return "I8" if is_fp4 else "F8_E4M3"
-    return "BF16" if role in (Role.MATRIX, Role.LINEAR, Role.EXPERT, Role.EMBEDDING, Role.NORM) else "F32"
+    return "BF16" if role in _STORED_BF16 else "F32"
 
 
 def _bounds(part: slice | None, size: int, what: str) -> slice:

@@ -22,9 +22,11 @@ from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import DecodeBatch, KvPools, PoolLayers, PrefillChunk
 from forepage.model.moe import MixtureOfExperts
 from forepage.model.norm import rms_norm
+from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.rope import RopeFrequencies
 from forepage.model.spec import ModelSpec
 from forepage.model.step import DecodeStep, PrefillStep
+from forepage.model.tensor_parallel import check_split
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Layer:
     moe: MixtureOfExperts
 
     @classmethod
-    def from_weights(cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> "Layer":
+    def from_weights(
+        cls, weights: Mapping[str, Tensor], layer: int, spec: ModelSpec, ranks: RankGroup
+    ) -> "Layer":
         """Read `layers.{layer}.*`."""
         prefix = f"layers.{layer}."
         return cls(
@@ -58,13 +62,17 @@ class Layer:
             ffn_norm=weights[f"{prefix}ffn_norm.weight"],
             attn_streams=HyperConnection.from_weights(weights, f"{prefix}hc_attn", spec),
             ffn_streams=HyperConnection.from_weights(weights, f"{prefix}hc_ffn", spec),
-            attention=Attention.from_weights(weights, layer, spec),
-            moe=MixtureOfExperts.from_weights(weights, f"{prefix}ffn.", spec),
+            attention=Attention.from_weights(weights, layer, spec, ranks),
+            moe=MixtureOfExperts.from_weights(weights, f"{prefix}ffn.", spec, ranks),
         )
 
 
 class Transformer:
-    """A model's weights, ready to run. `target_layers` are the layers whose attention inputs are returned."""
+    """A model's weights, ready to run. `target_layers` are the layers whose attention inputs are returned.
+
+    One of several ranks computes with its part of the weights; all must take the same steps, in the same
+    order, on pools of the same content, and all get the same output.
+    """
 
     def __init__(
         self,
@@ -74,11 +82,14 @@ class Transformer:
         device: torch.device,
         *,
         target_layers: Sequence[int] = (),
+        ranks: RankGroup = ALONE,
     ) -> None:
-        """`weights` as `load_or_seed` gives them.
+        """`weights` as `load_or_seed` gives them, of this rank.
 
-        Raises: ModelFormatError for another model's geometry or a target layer the model lacks.
+        Raises: ModelFormatError for another model's geometry, a target layer the model lacks, or a number
+        of ranks that it can't be split over.
         """
+        check_split(spec, ranks.num_ranks)
         _check_geometry(spec, geometry)
         unknown = [layer for layer in target_layers if not 0 <= layer < spec.num_layers]
         if unknown:
@@ -89,10 +100,10 @@ class Transformer:
         self.target_layers = tuple(target_layers)
         self._frequencies = RopeFrequencies.from_spec(spec, device)
         self._embedding = weights["embed.weight"]
-        self._layers = [Layer.from_weights(weights, layer, spec) for layer in range(spec.num_layers)]
+        self._layers = [Layer.from_weights(weights, layer, spec, ranks) for layer in range(spec.num_layers)]
         self._hyper_head = HyperHead.from_weights(weights, spec)
         self._norm = weights["norm.weight"]
-        self._head = weights["head.weight"].float()
+        self._head = weights["head.weight"]
 
     def decode(self, tokens: Tensor, batch: DecodeBatch, pools: KvPools, arena: Tensor | None) -> StepOutput:
         """Process token i64 [B] of each sequence; `arena` u8 [A] is read where rows must be pulled."""

@@ -19,6 +19,7 @@ class Role(Enum):
     """What a tensor does; decides its dtype, how it may be stored, and how it is seeded."""
 
     MATRIX = auto()  # stored plain in the release
+    FP32_MATRIX = auto()  # stored plain too, computed with in fp32: head, router, compressors
     LINEAR = auto()  # stored as FP8 in the release
     EXPERT = auto()  # a routed expert's: stored as MXFP4 (base models: FP8)
     EMBEDDING = auto()
@@ -30,6 +31,19 @@ class Role(Enum):
     STREAM_BASE = auto()
     STREAM_SCALE = auto()
     EXPERT_IDS = auto()
+
+
+_IN_MODEL_DTYPE = {Role.MATRIX, Role.LINEAR, Role.EXPERT, Role.EMBEDDING}
+
+
+def fixed_dtype(role: Role) -> str | None:
+    """What a worker holds such tensors in, whatever the model's dtype; None: in the model's dtype.
+
+    Each tensor is held in the dtype it is computed with, so nothing is converted, or held twice, later.
+    """
+    if role is Role.EXPERT_IDS:
+        return "I64"
+    return None if role in _IN_MODEL_DTYPE else "F32"
 
 
 class Split(Enum):
@@ -54,7 +68,7 @@ def weight_table(spec: ModelSpec) -> dict[str, WeightEntry]:
     """Name -> entry for every tensor that plain decoding uses (the MTP block's are not in it)."""
     table = {
         "embed.weight": WeightEntry((spec.vocab_size, spec.hidden_size), Role.EMBEDDING),
-        "head.weight": WeightEntry((spec.vocab_size, spec.hidden_size), Role.MATRIX),
+        "head.weight": WeightEntry((spec.vocab_size, spec.hidden_size), Role.FP32_MATRIX),
         "norm.weight": WeightEntry((spec.hidden_size,), Role.NORM),
     }
     table.update(_streams("hc_head", spec, outputs=spec.hc_mult, scales=1))
@@ -104,20 +118,20 @@ def _attention(spec: ModelSpec, ratio: int) -> Iterator[tuple[str, WeightEntry]]
         yield from _compressor("compressor", spec, ratio=ratio, dims=spec.head_dim)
     if ratio == C4_RATIO:
         yield "indexer.wq_b.weight", _linear(spec.index_heads * spec.index_dims, spec.q_lora_rank)
-        yield "indexer.weights_proj.weight", _matrix(spec.index_heads, spec.hidden_size)
+        yield "indexer.weights_proj.weight", WeightEntry((spec.index_heads, spec.hidden_size), Role.MATRIX)
         yield from _compressor("indexer.compressor", spec, ratio=ratio, dims=spec.index_dims)
 
 
 def _compressor(name: str, spec: ModelSpec, *, ratio: int, dims: int) -> Iterator[tuple[str, WeightEntry]]:
     width = 2 * dims if ratio == C4_RATIO else dims
-    yield f"{name}.wkv.weight", _matrix(width, spec.hidden_size)
-    yield f"{name}.wgate.weight", _matrix(width, spec.hidden_size)
+    yield f"{name}.wkv.weight", WeightEntry((width, spec.hidden_size), Role.FP32_MATRIX)
+    yield f"{name}.wgate.weight", WeightEntry((width, spec.hidden_size), Role.FP32_MATRIX)
     yield f"{name}.norm.weight", WeightEntry((dims,), Role.NORM)
     yield f"{name}.ape", WeightEntry((ratio, width), Role.POSITION_BIAS)
 
 
 def _experts(spec: ModelSpec, *, hashed: bool) -> Iterator[tuple[str, WeightEntry]]:
-    yield "gate.weight", _matrix(spec.num_experts, spec.hidden_size)
+    yield "gate.weight", WeightEntry((spec.num_experts, spec.hidden_size), Role.FP32_MATRIX)
     if hashed:
         yield "gate.tid2eid", WeightEntry((spec.vocab_size, spec.experts_per_token), Role.EXPERT_IDS)
     else:
@@ -135,10 +149,6 @@ def _streams(prefix: str, spec: ModelSpec, *, outputs: int, scales: int) -> dict
         f"{prefix}_base": WeightEntry((outputs,), Role.STREAM_BASE),
         f"{prefix}_scale": WeightEntry((scales,), Role.STREAM_SCALE),
     }
-
-
-def _matrix(outputs: int, inputs: int) -> WeightEntry:
-    return WeightEntry((outputs, inputs), Role.MATRIX)
 
 
 def _linear(outputs: int, inputs: int, split: Split = Split.NONE) -> WeightEntry:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orepage/rpc/index.proto\x12\x0f\x66orepage.rpc.v1\"C\n\x05Stamp\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08interval\x18\x03 \x01(\x04\"\x86\x02\n\x10LookaheadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12%\n\x05stamp\x18\x03 \x01(\x0b\x32\x16.forepage.rpc.v1.Stamp\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x11\n\tarena_ids\x18\x05 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x06 \x01(\x0c\x12)\n\x07predict\x18\x07 \x01(\x0b\x32\x18.forepage.rpc.v1.Predict\x12&\n\x06\x61udits\x18\x08 \x03(\x0b\x32\x16.forepage.rpc.v1.Audit\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\t \x01(\r\"\x80\x01\n\x07Predict\x12\x16\n\x0enum_candidates\x18\x01 \x01(\r\x12\x15\n\rbudget_blocks\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\x04\x12\x0e\n\x06hidden\x18\x04 \x01(\x0c\x12\x16\n\tthreshold\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0c\n\n_threshold\"\x9f\x01\n\x05\x41udit\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\x0f\n\x07weights\x18\x04 \x01(\x0c\x12\x10\n\x08resident\x18\x05 \x01(\x0c\x12\x17\n\x0fresident_scores\x18\x06 \x01(\x0c\x12\x0c\n\x04topk\x18\x07 \x01(\r\x12\x18\n\x10resident_entries\x18\x08 \x01(\x0c\"\xc9\x01\n\x0eLookaheadReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x05stamp\x18\x02 \x01(\x0b\x32\x16.forepage.rpc.v1.Stamp\x12#\n\x04plan\x18\x03 \x01(\x0b\x32\x15.forepage.rpc.v1.Plan\x12,\n\x06\x61udits\x18\x04 \x03(\x0b\x32\x1c.forepage.rpc.v1.AuditResult\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\"a\n\x04Plan\x12\x15\n\tblock_idx\x18\x01 \x03(\rB\x02\x10\x01\x12\x11\n\x05score\x18\x02 \x03(\x02\x42\x02\x10\x01\x12\x12\n\nnum_scored\x18\x03 \x01(\r\x12\x1b\n\x13num_above_threshold\x18\x04 \x01(\r\"\xde\x01\n\x0b\x41uditResult\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x14\n\x0cnum_evidence\x18\x03 \x01(\r\x12\x1d\n\x15num_evidence_resident\x18\x04 \x01(\r\x12\x13\n\x0bmissed_mass\x18\x05 \x01(\x02\x12\x13\n\x0brecall_at_k\x18\x06 \x01(\x02\x12\x1d\n\x11missing_block_idx\x18\x07 \x03(\rB\x02\x10\x01\x12\x18\n\x0cmissing_mass\x18\x08 \x03(\x02\x42\x02\x10\x01\x12\x12\n\nnum_unread\x18\t \x01(\r2e\n\x0eLookaheadIndex\x12S\n\tLookahead\x12!.forepage.rpc.v1.LookaheadRequest\x1a\x1f.forepage.rpc.v1.LookaheadReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66orepage/rpc/index.proto\x12\x0f\x66orepage.rpc.v1\"C\n\x05Stamp\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08interval\x18\x03 \x01(\x04\"\x86\x02\n\x10LookaheadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x13\n\x0btraceparent\x18\x02 \x01(\t\x12%\n\x05stamp\x18\x03 \x01(\x0b\x32\x16.forepage.rpc.v1.Stamp\x12\x12\n\nnum_tokens\x18\x04 \x01(\x04\x12\x11\n\tarena_ids\x18\x05 \x01(\x0c\x12\x13\n\x0bgenerations\x18\x06 \x01(\x0c\x12)\n\x07predict\x18\x07 \x01(\x0b\x32\x18.forepage.rpc.v1.Predict\x12&\n\x06\x61udits\x18\x08 \x03(\x0b\x32\x16.forepage.rpc.v1.Audit\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\t \x01(\r\"\xad\x01\n\x07Predict\x12\x16\n\x0enum_candidates\x18\x01 \x01(\r\x12\x15\n\rbudget_blocks\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\x04\x12\x0e\n\x06hidden\x18\x04 \x01(\x0c\x12\x16\n\tthreshold\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12+\n\x06source\x18\n \x01(\x0e\x32\x1b.forepage.rpc.v1.PlanSourceB\x0c\n\n_threshold\"\x9f\x01\n\x05\x41udit\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\r\n\x05query\x18\x03 \x01(\x0c\x12\x0f\n\x07weights\x18\x04 \x01(\x0c\x12\x10\n\x08resident\x18\x05 \x01(\x0c\x12\x17\n\x0fresident_scores\x18\x06 \x01(\x0c\x12\x0c\n\x04topk\x18\x07 \x01(\r\x12\x18\n\x10resident_entries\x18\x08 \x01(\x0c\"\xc9\x01\n\x0eLookaheadReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12%\n\x05stamp\x18\x02 \x01(\x0b\x32\x16.forepage.rpc.v1.Stamp\x12#\n\x04plan\x18\x03 \x01(\x0b\x32\x15.forepage.rpc.v1.Plan\x12,\n\x06\x61udits\x18\x04 \x03(\x0b\x32\x1c.forepage.rpc.v1.AuditResult\x12\x12\n\nerror_code\x18\x05 \x01(\t\x12\x15\n\rerror_message\x18\x06 \x01(\t\"a\n\x04Plan\x12\x15\n\tblock_idx\x18\x01 \x03(\rB\x02\x10\x01\x12\x11\n\x05score\x18\x02 \x03(\x02\x42\x02\x10\x01\x12\x12\n\nnum_scored\x18\x03 \x01(\r\x12\x1b\n\x13num_above_threshold\x18\x04 \x01(\r\"\xde\x01\n\x0b\x41uditResult\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\x04\x12\x14\n\x0cnum_evidence\x18\x03 \x01(\r\x12\x1d\n\x15num_evidence_resident\x18\x04 \x01(\r\x12\x13\n\x0bmissed_mass\x18\x05 \x01(\x02\x12\x13\n\x0brecall_at_k\x18\x06 \x01(\x02\x12\x1d\n\x11missing_block_idx\x18\x07 \x03(\rB\x02\x10\x01\x12\x18\n\x0cmissing_mass\x18\x08 \x03(\x02\x42\x02\x10\x01\x12\x12\n\nnum_unread\x18\t \x01(\r*z\n\nPlanSource\x12\x1b\n\x17PLAN_SOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPLAN_SOURCE_MEMORY_INDEXER\x10\x01\x12\x17\n\x13PLAN_SOURCE_RECENCY\x10\x02\x12\x16\n\x12PLAN_SOURCE_RANDOM\x10\x03\x32\x65\n\x0eLookaheadIndex\x12S\n\tLookahead\x12!.forepage.rpc.v1.LookaheadRequest\x1a\x1f.forepage.rpc.v1.LookaheadReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,20 +39,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITRESULT'].fields_by_name['missing_block_idx']._serialized_options = b'\020\001'
   _globals['_AUDITRESULT'].fields_by_name['missing_mass']._loaded_options = None
   _globals['_AUDITRESULT'].fields_by_name['missing_mass']._serialized_options = b'\020\001'
+  _globals['_PLANSOURCE']._serialized_start=1245
+  _globals['_PLANSOURCE']._serialized_end=1367
   _globals['_STAMP']._serialized_start=45
   _globals['_STAMP']._serialized_end=112
   _globals['_LOOKAHEADREQUEST']._serialized_start=115
   _globals['_LOOKAHEADREQUEST']._serialized_end=377
   _globals['_PREDICT']._serialized_start=380
-  _globals['_PREDICT']._serialized_end=508
-  _globals['_AUDIT']._serialized_start=511
-  _globals['_AUDIT']._serialized_end=670
-  _globals['_LOOKAHEADREPLY']._serialized_start=673
-  _globals['_LOOKAHEADREPLY']._serialized_end=874
-  _globals['_PLAN']._serialized_start=876
-  _globals['_PLAN']._serialized_end=973
-  _globals['_AUDITRESULT']._serialized_start=976
-  _globals['_AUDITRESULT']._serialized_end=1198
-  _globals['_LOOKAHEADINDEX']._serialized_start=1200
-  _globals['_LOOKAHEADINDEX']._serialized_end=1301
+  _globals['_PREDICT']._serialized_end=553
+  _globals['_AUDIT']._serialized_start=556
+  _globals['_AUDIT']._serialized_end=715
+  _globals['_LOOKAHEADREPLY']._serialized_start=718
+  _globals['_LOOKAHEADREPLY']._serialized_end=919
+  _globals['_PLAN']._serialized_start=921
+  _globals['_PLAN']._serialized_end=1018
+  _globals['_AUDITRESULT']._serialized_start=1021
+  _globals['_AUDITRESULT']._serialized_end=1243
+  _globals['_LOOKAHEADINDEX']._serialized_start=1369
+  _globals['_LOOKAHEADINDEX']._serialized_end=1470
 # @@protoc_insertion_point(module_scope)

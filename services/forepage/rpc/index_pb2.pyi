@@ -1,9 +1,21 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class PlanSource(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PLAN_SOURCE_UNSPECIFIED: _ClassVar[PlanSource]
+    PLAN_SOURCE_MEMORY_INDEXER: _ClassVar[PlanSource]
+    PLAN_SOURCE_RECENCY: _ClassVar[PlanSource]
+    PLAN_SOURCE_RANDOM: _ClassVar[PlanSource]
+PLAN_SOURCE_UNSPECIFIED: PlanSource
+PLAN_SOURCE_MEMORY_INDEXER: PlanSource
+PLAN_SOURCE_RECENCY: PlanSource
+PLAN_SOURCE_RANDOM: PlanSource
 
 class Stamp(_message.Message):
     __slots__ = ("sequence_id", "incarnation", "interval")
@@ -38,18 +50,20 @@ class LookaheadRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., traceparent: _Optional[str] = ..., stamp: _Optional[_Union[Stamp, _Mapping]] = ..., num_tokens: _Optional[int] = ..., arena_ids: _Optional[bytes] = ..., generations: _Optional[bytes] = ..., predict: _Optional[_Union[Predict, _Mapping]] = ..., audits: _Optional[_Iterable[_Union[Audit, _Mapping]]] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class Predict(_message.Message):
-    __slots__ = ("num_candidates", "budget_blocks", "position", "hidden", "threshold")
+    __slots__ = ("num_candidates", "budget_blocks", "position", "hidden", "threshold", "source")
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     num_candidates: int
     budget_blocks: int
     position: int
     hidden: bytes
     threshold: float
-    def __init__(self, num_candidates: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[bytes] = ..., threshold: _Optional[float] = ...) -> None: ...
+    source: PlanSource
+    def __init__(self, num_candidates: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., position: _Optional[int] = ..., hidden: _Optional[bytes] = ..., threshold: _Optional[float] = ..., source: _Optional[_Union[PlanSource, str]] = ...) -> None: ...
 
 class Audit(_message.Message):
     __slots__ = ("layer_idx", "position", "query", "weights", "resident", "resident_scores", "topk", "resident_entries")

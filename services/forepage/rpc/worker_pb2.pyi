@@ -1,3 +1,4 @@
+from forepage.rpc import index_pb2 as _index_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -61,14 +62,20 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., logprobs: bool = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., json_schema: _Optional[str] = ..., free_until_token_id: _Optional[int] = ...) -> None: ...
 
 class Residency(_message.Message):
-    __slots__ = ("mode", "min_recall", "budget_blocks")
+    __slots__ = ("mode", "min_recall", "budget_blocks", "plan_source", "threshold", "audit")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MIN_RECALL_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
     mode: ResidencyMode
     min_recall: float
     budget_blocks: int
-    def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ...) -> None: ...
+    plan_source: _index_pb2.PlanSource
+    threshold: float
+    audit: bool
+    def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., threshold: _Optional[float] = ..., audit: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos")
@@ -139,7 +146,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., residency: _Optional[_Union[ResidencyReport, _Mapping]] = ...) -> None: ...
 
 class ResidencyReport(_message.Message):
-    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits")
+    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits", "plan_source", "footprint_flash", "chosen_blocks_mean", "evidence_recall_steps", "resident_block_idx")
     MODE_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     MODE_FINAL_FIELD_NUMBER: _ClassVar[int]
     FULL_BY_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +186,11 @@ class ResidencyReport(_message.Message):
     EXACT_STEPS_FIELD_NUMBER: _ClassVar[int]
     PAUSED_MS_FIELD_NUMBER: _ClassVar[int]
     WORKER_AUDITS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    FOOTPRINT_FLASH_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_BLOCKS_MEAN_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_RECALL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
     mode_requested: ResidencyMode
     mode_final: ResidencyMode
     full_by_size: bool
@@ -218,7 +230,12 @@ class ResidencyReport(_message.Message):
     exact_steps: int
     paused_ms: int
     worker_audits: int
-    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ...) -> None: ...
+    plan_source: _index_pb2.PlanSource
+    footprint_flash: float
+    chosen_blocks_mean: float
+    evidence_recall_steps: _containers.RepeatedScalarFieldContainer[float]
+    resident_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., footprint_flash: _Optional[float] = ..., chosen_blocks_mean: _Optional[float] = ..., evidence_recall_steps: _Optional[_Iterable[float]] = ..., resident_block_idx: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")

@@ -8,14 +8,11 @@ for, in order of arrival, until the admission timeout; a request that can never 
 import time
 from collections import deque
 
-import torch
-
 from forepage.errors import CapacityError, ContextLengthError, DependencyError, ForepageError, RateLimitError
 from forepage.kv.block_allocator import BlockAllocator
-from forepage.model.resume import restore
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.arena_access import Grant, GrantRequest
-from forepage.worker.copy_engine import BlockLoad
+from forepage.worker.commands import BlockLoad
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import Quota, prefill_quota, try_change_promise
 from forepage.worker.sequence import DeviceHoldings, Phase, Sequence
@@ -73,8 +70,8 @@ class Admission:
         self._waiting.popleft()
         sequence.device.slot = parts.blocks.slots.allocate(1)[0]
         sequence.device.c128_ids = parts.blocks.c128.allocate(total)
-        parts.blocks.clear_slot(sequence.device.slot)
-        parts.blocks.set_c128(sequence.device.slot, sequence.device.c128_ids)
+        parts.device.clear_slot(sequence.device.slot)
+        parts.device.set_c128(sequence.device.slot, sequence.device.c128_ids)
         sequence.stage_span = parts.telemetry.start_span(SpanName.WORKER_ADMIT, sequence.span)
         sequence.phase = Phase.GRANTING
         sequence.grant = parts.arena.grant(self._grant_request(sequence), sequence.stage_span)
@@ -112,15 +109,8 @@ class Admission:
                 "the cached prefix was lost from the cold pool; send the request again", None, 1.0
             )
         if sequence.num_processed:
-            payload = torch.cat([self._parts.arena.payload(ref) for ref in sequence.arena.resume_refs])
-            geometry, blocks = self._parts.geometry, self._parts.blocks
-            restore(
-                blocks.pools,
-                sequence.holds.slot,
-                sequence.num_processed,
-                geometry,
-                payload[: geometry.resume_bytes].to(blocks.device),
-            )
+            offsets = [self._parts.arena.offset(ref) for ref in sequence.arena.resume_refs]
+            self._parts.device.restore(sequence.holds.slot, sequence.num_processed, offsets)
         self._end_stage(sequence)
         sequence.phase = Phase.PREFILL
 
@@ -131,9 +121,9 @@ class Admission:
             row_id, key_id = parts.blocks.rows.allocate(1)[0], parts.blocks.keys.allocate(1)[0]
             holds.resident.append(row_id, key_id)
             loads.append(BlockLoad(parts.arena.offset(ref), row_id, key_id, holds.c128_ids[idx]))
-        parts.blocks.set_residency(holds.slot, holds.resident)
-        parts.blocks.set_arena_offsets(holds.slot, [parts.arena.offset(ref) for ref in grant.prefix])
-        sequence.prefix_load = parts.copies.load(loads)
+        parts.device.set_residency(holds.slot, holds.resident)
+        parts.device.set_arena_offsets(holds.slot, [parts.arena.offset(ref) for ref in grant.prefix])
+        sequence.prefix_load = parts.device.load(loads)
         sequence.phase = Phase.LOADING
 
     def _back_to_queue(self, sequence: Sequence, error: ForepageError) -> None:
@@ -204,7 +194,7 @@ def free_device(parts: WorkerParts, sequence: Sequence) -> None:
     blocks.c128.free(holds.c128_ids)
     blocks.c128.try_promise(-len(holds.c128_ids))
     try_change_promise(parts, sequence, Quota(0, 0))
-    blocks.clear_slot(holds.slot)
+    parts.device.clear_slot(holds.slot)
     blocks.slots.free([holds.slot])
     blocks.slots.try_promise(-1)
     sequence.device = None

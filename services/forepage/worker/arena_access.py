@@ -7,9 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from opentelemetry.trace import Span
-from torch import Tensor
 
 from forepage.coldpool.client import ColdPoolClient, PublishedRecord, SlotRef
 from forepage.errors import ForepageError
@@ -62,10 +60,6 @@ class ArenaAccess:
     def offset(self, ref: SlotRef) -> int:
         """Where the record's payload begins in the mapped payload area."""
         return self._client.view.payload_offset(ref.arena_id)
-
-    def payload(self, ref: SlotRef) -> Tensor:
-        """The record's slot, u8 (longer than the record), as it lies in the arena."""
-        return torch.frombuffer(self._client.view.payload(ref.arena_id), dtype=torch.uint8)
 
     @property
     def num_leases(self) -> int:

@@ -10,18 +10,24 @@ from forepage.frames import WorkerFrame
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.fingerprint import model_fingerprint
 from forepage.model.memory_indexer import read_indexer_config
+from forepage.model.rank_group import RankGroup
 from forepage.model.spec import ModelSpec, read_config
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
-from forepage.settings import ModelSettings, Settings, WorkerSettings
+from forepage.settings import ModelSettings, Settings, SettingsError, WeightDtype, WorkerSettings
 from forepage.telemetry import Telemetry
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.copy_engine import CopyEngine
+from forepage.worker.device import Device
 from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
+from forepage.worker.kv_memory import KvMemory
 from forepage.worker.parts import ArenaPort, IndexPort, WorkerParts
+from forepage.worker.rank_device import RankDevice
+from forepage.worker.rank_link import ALONE_RANKS, Ranks
 
 DEFAULT_EOS = 1
 """DeepSeek-V4's end of sentence, where the config names none."""
+_TORCH_DTYPES = {WeightDtype.FP32: torch.float32, WeightDtype.BF16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class ModelFolder:
     eos: int
     spec: ModelSpec
     geometry: KvGeometry
+    weight_dtype: torch.dtype
     fingerprint: str
 
     @classmethod
@@ -42,6 +49,7 @@ class ModelFolder:
         geometry = KvGeometry.from_config(
             config, KvFormat(settings.kv_format), KeyFormat(settings.key_format)
         )
+        weight_dtype = settings.weight_dtype.on(device_of(settings).type)
         eos = config.get("eos_token_id")
         return cls(
             settings=settings,
@@ -49,7 +57,8 @@ class ModelFolder:
             eos=eos if isinstance(eos, int) else DEFAULT_EOS,
             spec=ModelSpec.from_config(config),
             geometry=geometry,
-            fingerprint=model_fingerprint(settings.path, geometry.format, geometry.key_format),
+            weight_dtype=_TORCH_DTYPES[weight_dtype],
+            fingerprint=model_fingerprint(settings.path, geometry.format, geometry.key_format, weight_dtype),
         )
 
     def grammar(self) -> GrammarTokenizer:
@@ -68,11 +77,38 @@ class ModelFolder:
         )
 
 
-def device_of(settings: ModelSettings) -> torch.device:
-    """The device named, or the first GPU if there is one."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
+def device_of(settings: ModelSettings, *, rank: int = 0, num_ranks: int = 1) -> torch.device:
+    """The device named, or the first GPU if there is one; of several ranks the rank-th from there on.
+
+    Raises: SettingsError when the host has fewer GPUs than ranks.
+    """
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if num_ranks == 1 or device.type == "cpu":
+        return device
+    first = device.index or 0
+    if first + num_ranks > torch.cuda.device_count():
+        raise SettingsError(
+            f"FOREPAGE_WORKER__TENSOR_PARALLEL is {num_ranks}, but from {name} on this host has "
+            f"{max(0, torch.cuda.device_count() - first)} GPUs"
+        )
+    return torch.device("cuda", first + rank)
+
+
+def assemble_rank(
+    settings: WorkerSettings, folder: ModelFolder, device: torch.device, arena: Tensor, *, ranks: RankGroup
+) -> RankDevice:
+    """Load a rank's part of the model and allocate its pools (`check_split` must hold)."""
+    spec, geometry = folder.spec, folder.geometry
+    targets = read_indexer_config(folder.settings.path, spec, folder.settings.memory_indexer).target_layers
+    place = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
+    weights = load_or_seed(folder.settings.path, spec, dtype=folder.weight_dtype, device=device, **place)
+    memory = KvMemory(geometry, PoolSizes.from_settings(settings, geometry, topk=spec.index_topk), device)
+    target_layers = [spec.c4_layers[idx] for idx in targets]
+    model = Transformer(spec, geometry, weights, device, target_layers=target_layers, ranks=ranks)
+    return RankDevice(model, memory, CopyEngine(memory.pools, arena, geometry), arena)
 
 
 def assemble(
@@ -84,21 +120,17 @@ def assemble(
     arena_port: ArenaPort,
     index: IndexPort,
     telemetry: Telemetry,
+    ranks: Ranks = ALONE_RANKS,
 ) -> WorkerParts:
-    """Load the model and allocate the pools; takes as long as the weights do."""
-    spec, geometry = folder.spec, folder.geometry
-    targets = read_indexer_config(folder.settings.path, spec).target_layers
-    weights = load_or_seed(folder.settings.path, spec, dtype=torch.float32, device=device)
-    sizes = PoolSizes.from_settings(settings.worker, geometry)
-    blocks = GpuBlocks(geometry, sizes, topk=spec.index_topk, device=device)
-    target_layers = [spec.c4_layers[idx] for idx in targets]
+    """Load rank 0's part of the model and allocate its pools; takes as long as the weights do."""
+    geometry, topk = folder.geometry, folder.spec.index_topk
+    local = assemble_rank(settings.worker, folder, device, arena, ranks=ranks.tensors)
     return WorkerParts(
         settings=settings.worker,
         geometry=geometry,
-        topk=spec.index_topk,
-        model=Transformer(spec, geometry, weights, device, target_layers=target_layers),
-        blocks=blocks,
-        copies=CopyEngine(blocks.pools, arena, geometry),
+        topk=topk,
+        device=Device(local, ranks.commands, num_ranks=ranks.tensors.num_ranks),
+        blocks=GpuBlocks(PoolSizes.from_settings(settings.worker, geometry, topk=topk)),
         arena=arena_port,
         index=index,
         telemetry=telemetry,

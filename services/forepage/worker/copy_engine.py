@@ -17,19 +17,8 @@ from torch import Tensor
 from forepage.coldpool.records import payload_checksum
 from forepage.kv.geometry import KvGeometry
 from forepage.model.kv_pools import KvPools
+from forepage.worker.commands import SKIP, BlockLoad
 from forepage_kernels.gather_blocks import gather_blocks
-
-SKIP = -1
-
-
-@dataclass(frozen=True)
-class BlockLoad:
-    """Arena record at `arena_offset` -> row, key and c128 blocks of the device; SKIP leaves one out."""
-
-    arena_offset: int
-    row_id: int = SKIP
-    key_id: int = SKIP
-    c128_id: int = SKIP
 
 
 @dataclass(frozen=True)

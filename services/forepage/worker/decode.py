@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence as Seq
 
-import torch
-from torch import Tensor
-
 from forepage.errors import ForepageError, IntegrityError
 from forepage.telemetry import MetricName
 from forepage.worker.lookahead import Lookahead
@@ -18,14 +15,10 @@ from forepage.worker.write_back import WriteBack
 class Decode:
     """Steps a batch; the tokens it returns are for the loop to emit."""
 
-    def __init__(
-        self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack, arena: Tensor
-    ) -> None:
-        """`arena` is the payload area that rows are pulled from, u8."""
+    def __init__(self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack) -> None:
         self._parts = parts
         self._lookahead = lookahead
         self._write_back = write_back
-        self._arena = arena
 
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether the block of the next token is there, or can be taken from what was promised."""
@@ -40,11 +33,10 @@ class Decode:
         for sequence in batch:
             self._grow(sequence)
             self._account(sequence)
-        positions = [sequence.num_processed for sequence in batch]
-        slots = [sequence.holds.slot for sequence in batch]
-        tokens = torch.tensor([s.tokens[-1] for s in batch], dtype=torch.int64, device=parts.blocks.device)
-        output = parts.model.decode(
-            tokens, parts.blocks.decode_batch(slots, positions), parts.blocks.pools, self._arena
+        output = parts.device.decode(
+            slots=[sequence.holds.slot for sequence in batch],
+            positions=[sequence.num_processed for sequence in batch],
+            tokens=[sequence.tokens[-1] for sequence in batch],
         )
         picks = sample(output.logits, [s.sampling_row(s.num_processed + 1) for s in batch])
         pulled, unserved = output.pulled_rows.tolist(), output.unserved_rows.tolist()
@@ -74,7 +66,7 @@ class Decode:
         if sequence.num_processed // self._parts.geometry.block_tokens < resident.num_blocks:
             return
         resident.append(blocks.rows.allocate(1)[0], blocks.keys.allocate(1)[0])
-        blocks.set_residency(sequence.holds.slot, resident)
+        self._parts.device.set_residency(sequence.holds.slot, resident)
 
     def _account(self, sequence: Sequence) -> None:
         """What this step will see. Once a key is absent the sequence's own blocks are no longer clean."""

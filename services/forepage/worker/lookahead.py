@@ -74,9 +74,10 @@ class Lookahead:
         is_boundary = step >= state.next_boundary
         if sequence.request.mode is ResidencyMode.FULL or not (is_boundary or step in state.audit_steps):
             return
-        audit = sequence.request.mode is ResidencyMode.GUARDED
+        is_guarded = sequence.request.mode is ResidencyMode.GUARDED
+        audit = is_guarded or sequence.request.audit
         if is_boundary:
-            if audit and sequence.guard.exact and sequence.holds.staging_ids:
+            if is_guarded and sequence.guard.exact and sequence.holds.staging_ids:
                 self._auditing.shadow(sequence, tap, self._layers(sequence))
             self._end_of_interval(sequence)
             self._begin_interval(sequence)

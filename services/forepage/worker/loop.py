@@ -20,6 +20,7 @@ from forepage.errors import (
     ForepageError,
     IntegrityError,
 )
+from forepage.model.rank_group import RankLostError
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode
@@ -62,7 +63,7 @@ class Loop:
         self._auditing = Auditing(parts, arena)
         self._lookahead = Lookahead(parts, self._auditing, self._residency)
         self._prefill = Prefill(parts, self._write_back)
-        self._decode = Decode(parts, self._lookahead, self._write_back, arena)
+        self._decode = Decode(parts, self._lookahead, self._write_back)
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.broken: BaseException | None = None
 
@@ -100,6 +101,11 @@ class Loop:
         self._thread.join(timeout_s)
 
     @property
+    def is_running(self) -> bool:
+        """Whether its thread may still use the device."""
+        return self._thread.is_alive()
+
+    @property
     def num_running(self) -> int:
         """Admitted sequences."""
         return len(self._live) - self._admission.num_waiting
@@ -117,17 +123,28 @@ class Loop:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while not (self._stopping and not self._ending):
+                while self.broken is None and not (self._stopping and not self._ending):
                     self.turn()
+        except RankLostError as error:
+            self._parts.log.error("the loop lost a rank", error=str(error))
+            self.give_up(DependencyError("a rank of this worker is gone; send the request again", None, 1.0))
         except BaseException as error:
-            self.broken = error
             self._parts.log.error("the loop broke; the worker stops", error=repr(error), exc_info=True)
-            for sequence in list(self._live.values()):
-                sequence.emit(_failed(IntegrityError("the worker broke down; send the request again")))
+            self.give_up(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """Nothing can go on (any thread): every request ends with an error, and so does the worker."""
+        if self.broken is not None:
+            return
+        self.broken = error
+        told = IntegrityError("the worker broke down; send the request again")
+        for sequence in list(self._live.values()):
+            sequence.emit(_failed(error if isinstance(error, DependencyError) else told))
 
     def turn(self) -> None:
         """One turn; the thread's body, or called by a test that has no thread."""
         self._take_messages()
+        self._parts.device.tick()
         self._write_back.tick()
         for sequence in list(self._live.values()):
             self._guarded(sequence, self._advance)

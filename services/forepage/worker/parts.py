@@ -7,16 +7,14 @@ from typing import Protocol
 
 import structlog
 from opentelemetry.trace import Span
-from torch import Tensor
 
 from forepage.coldpool.client import PublishedRecord, SlotRef
 from forepage.kv.geometry import KvGeometry
-from forepage.model.transformer import Transformer
 from forepage.rpc import index_pb2
 from forepage.settings import WorkerSettings
 from forepage.telemetry import Telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
-from forepage.worker.copy_engine import CopyEngine
+from forepage.worker.device import Device
 from forepage.worker.gpu_blocks import GpuBlocks
 
 
@@ -32,7 +30,6 @@ class ArenaPort(Protocol):
     def release(self, refs: Seq[SlotRef], span: Span | None) -> Future[None]: ...
     def matches(self, ref: SlotRef) -> bool: ...
     def offset(self, ref: SlotRef) -> int: ...
-    def payload(self, ref: SlotRef) -> Tensor: ...
 
 
 class IndexPort(Protocol):
@@ -43,14 +40,13 @@ class IndexPort(Protocol):
 
 @dataclass(frozen=True)
 class WorkerParts:
-    """One worker's settings, model, memory and peers."""
+    """One worker's settings, device, memory accounts and peers."""
 
     settings: WorkerSettings
     geometry: KvGeometry
     topk: int
-    model: Transformer
+    device: Device
     blocks: GpuBlocks
-    copies: CopyEngine
     arena: ArenaPort
     index: IndexPort
     telemetry: Telemetry

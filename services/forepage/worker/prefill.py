@@ -59,9 +59,7 @@ class Prefill:
             block=block,
         )
         self._grow(sequence, end)
-        tokens = torch.tensor(sequence.tokens[start:end], dtype=torch.int64, device=parts.blocks.device)
-        chunk = parts.blocks.prefill_chunk(sequence.holds.slot, start, end - start)
-        output = parts.model.prefill(tokens, chunk, parts.blocks.pools)
+        output = parts.device.prefill(sequence.holds.slot, start, sequence.tokens[start:end])
         sequence.num_processed = end
         self._write_back.store_finished(sequence)
         if is_resume_point(end, prompt, resume_every=settings.resume_every_tokens, block=block):
@@ -83,4 +81,4 @@ class Prefill:
             return
         for row_id, key_id in zip(blocks.rows.allocate(missing), blocks.keys.allocate(missing), strict=True):
             resident.append(row_id, key_id)
-        blocks.set_residency(sequence.holds.slot, resident)
+        self._parts.device.set_residency(sequence.holds.slot, resident)

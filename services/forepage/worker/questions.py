@@ -9,6 +9,7 @@ from torch import Tensor
 from forepage.kv.geometry import KvGeometry
 from forepage.rpc import index_pb2 as pb
 from forepage.settings import WorkerSettings
+from forepage.worker.request import PROTO_OF_SOURCE
 from forepage.worker.sequence import Sequence, StepTap
 
 
@@ -44,6 +45,8 @@ def predict_message(sequence: Sequence, tap: StepTap, *, num_blocks: int) -> pb.
         budget_blocks=sequence.guard.budget_blocks,
         position=sequence.num_processed - 1,
         hidden=_f32(tap.hidden),
+        threshold=sequence.request.threshold,
+        source=PROTO_OF_SOURCE[sequence.request.plan_source],
     )
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from forepage.kv.evidence import RecallEstimate
-from forepage.kv.geometry import KvGeometry
+from forepage.kv.geometry import V4_FLASH, KvGeometry
 from forepage.kv.resident_set import ResidentSet
 from forepage.rpc import worker_pb2 as pb
-from forepage.worker.request import PROTO_OF_MODE, Request
+from forepage.worker.request import PROTO_OF_MODE, PROTO_OF_SOURCE, Request
 
 
 @dataclass
@@ -62,6 +62,10 @@ class Report:
     paged_steps: int = 0
     exact_steps: int = 0
     paused_ms: float = 0.0
+    footprint_flash: Mean = field(default_factory=Mean)
+    chosen: Mean = field(default_factory=Mean)
+    seen_blocks: set[int] | None = None
+    """Every block that was resident at a paged step; None: not asked for."""
 
     def add_step(
         self,
@@ -83,6 +87,9 @@ class Report:
             self.exact_steps += not resident.rows_complete
         else:
             self.paged_steps += 1
+            self.chosen.add(chosen)
+            if self.seen_blocks is not None:
+                self.seen_blocks.update(resident.row_id_by_block)
         tokens = resident.num_blocks * geometry.block_tokens
         rows = resident.num_resident + staging_blocks + in_flight
         keys = len(resident.key_id_by_block) + in_flight
@@ -90,6 +97,10 @@ class Report:
         held = geometry.kv_bytes(num_tokens=tokens, row_blocks=rows, key_blocks=keys)
         self.footprint.add(held / geometry.kv_bytes(num_tokens=tokens, row_blocks=total, key_blocks=total))
         self.c4_footprint.add(rows / total)
+        flash_tokens = total * V4_FLASH.block_tokens
+        flash = V4_FLASH.kv_bytes(num_tokens=flash_tokens, row_blocks=rows, key_blocks=keys)
+        full = V4_FLASH.kv_bytes(num_tokens=flash_tokens, row_blocks=total, key_blocks=total)
+        self.footprint_flash.add(flash / full)
 
     @property
     def decode_steps(self) -> int:
@@ -133,6 +144,11 @@ class Report:
             paged_steps=self.paged_steps,
             exact_steps=self.exact_steps,
             paused_ms=int(self.paused_ms),
+            plan_source=PROTO_OF_SOURCE[request.plan_source],
+            footprint_flash=self.footprint_flash.value or 0.0,
+            chosen_blocks_mean=self.chosen.value or 0.0,
+            evidence_recall_steps=self.recall.steps if request.audit else (),
+            resident_block_idx=sorted(self.seen_blocks or ()),
         )
         for name, value in (
             ("evidence_recall_mean", self.recall.mean),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from forepage.errors import ContextLengthError, RequestError
+from forepage.kv.plan_source import PlanSource
+from forepage.rpc import index_pb2 as index_pb
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
 from forepage.worker.sampler import Sampling
@@ -15,6 +17,12 @@ MODE_OF_PROTO: dict[pb.ResidencyMode, ResidencyMode] = {
 }
 MAX_LOGPROBS = 20
 """Log-probabilities a token beside the chosen one's, as OpenAI allows."""
+SOURCE_OF_PROTO: dict[index_pb.PlanSource, PlanSource] = {
+    index_pb.PLAN_SOURCE_MEMORY_INDEXER: PlanSource.MEMORY_INDEXER,
+    index_pb.PLAN_SOURCE_RECENCY: PlanSource.RECENCY,
+    index_pb.PLAN_SOURCE_RANDOM: PlanSource.RANDOM,
+}
+PROTO_OF_SOURCE = {source: number for number, source in SOURCE_OF_PROTO.items()}
 PROTO_OF_MODE = {mode: number for number, mode in MODE_OF_PROTO.items()}
 
 
@@ -33,6 +41,11 @@ class Request:
     cache_salt: str
     json_schema: str | None = None
     free_until: int | None = None
+    plan_source: PlanSource = PlanSource.MEMORY_INDEXER
+    threshold: float | None = None
+    """An entry is wanted above this; None: as the index is set."""
+    audit: bool = False
+    """Audit whatever the mode, and report each audited step."""
 
     @property
     def total_tokens(self) -> int:
@@ -64,6 +77,8 @@ class Request:
         budget = residency.budget_blocks if residency.HasField("budget_blocks") else settings.budget_blocks
         if budget < 1:
             raise RequestError("budget_blocks must be at least 1", "forepage.budget_blocks")
+        if residency.HasField("threshold"):
+            _check_range("forepage.threshold", residency.threshold, 0.0, 1.0)
         stop = set(how.stop_token_ids) | (set() if message.ignore_eos else {eos})
         return cls(
             request_id=message.request_id,
@@ -77,6 +92,9 @@ class Request:
             cache_salt=message.cache_salt,
             json_schema=how.json_schema if how.HasField("json_schema") else None,
             free_until=how.free_until_token_id if how.HasField("free_until_token_id") else None,
+            plan_source=SOURCE_OF_PROTO.get(residency.plan_source, PlanSource.MEMORY_INDEXER),
+            threshold=residency.threshold if residency.HasField("threshold") else None,
+            audit=residency.audit,
         )
 
 

@@ -11,7 +11,7 @@ from forepage.errors import DependencyError
 from forepage.kv.ids import BlockIdx
 from forepage.kv.prefetch_plan import LoadWave, fit_waves, plan_residency
 from forepage.telemetry import MetricName, SpanName, set_attributes
-from forepage.worker.copy_engine import SKIP, BlockLoad
+from forepage.worker.commands import SKIP, BlockLoad
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
@@ -82,7 +82,7 @@ class Residency:
         holds = sequence.holds
         self._parts.blocks.rows.free(holds.staging_ids)
         holds.staging_ids = []
-        self._parts.blocks.set_staging(holds.slot, [])
+        self._parts.device.set_staging(holds.slot, [])
         shrink_promise(self._parts, sequence)
 
     def enter_exact(self, sequence: Sequence) -> None:
@@ -90,7 +90,7 @@ class Residency:
         holds, blocks = sequence.holds, self._parts.blocks
         if not holds.staging_ids:
             holds.staging_ids = blocks.rows.allocate(blocks.staging_blocks)
-            blocks.set_staging(holds.slot, holds.staging_ids)
+            self._parts.device.set_staging(holds.slot, holds.staging_ids)
 
     def drop_chosen(self, sequence: Sequence) -> None:
         """Keep only what is always resident: a paused sequence makes room for others."""
@@ -200,7 +200,7 @@ class Residency:
             rest=rest,
             row_ids={int(idx): row for idx, row in row_ids.items()},
             key_ids={int(idx): key for idx, key in key_ids.items()},
-            future=parts.copies.load(loads),
+            future=parts.device.load(loads),
             started_ns=time.time_ns(),
             pinned_from=pinned_from,
             question=question,
@@ -226,7 +226,7 @@ class Residency:
             drop_rows=drop_rows,
             drop_keys=drop_keys,
         )
-        self._parts.blocks.set_residency(sequence.holds.slot, sequence.resident)
+        self._parts.device.set_residency(sequence.holds.slot, sequence.resident)
         self._parts.blocks.rows.free(freed.row_ids)
         self._parts.blocks.keys.free(freed.key_ids)
 

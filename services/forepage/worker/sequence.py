@@ -153,7 +153,8 @@ class Sequence:
             clean_intervals=settings.clean_intervals,
         )
         seen = set(request.prompt) if request.sampling.has_penalty else set()
-        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen)
+        report = Report(seen_blocks=set() if request.audit else None)
+        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen, report=report)
 
     @property
     def holds(self) -> DeviceHoldings:

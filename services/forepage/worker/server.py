@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import structlog
@@ -11,6 +12,8 @@ from grpc_health.v1 import health_pb2
 
 from forepage.coldpool.client import ColdPoolClient
 from forepage.frames import WorkerFrame
+from forepage.model.rank_group import RankLostError
+from forepage.model.tensor_parallel import check_split
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import serving
 from forepage.settings import Settings
@@ -21,6 +24,7 @@ from forepage.worker.assembly import ModelFolder, assemble, device_of
 from forepage.worker.card import keep_card
 from forepage.worker.index_client import IndexClient
 from forepage.worker.loop import Loop
+from forepage.worker.rank_processes import followers
 from forepage.worker.servicer import DecodeWorker
 
 POLL_S = 0.2
@@ -30,8 +34,9 @@ _log = structlog.get_logger("forepage.worker")
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until `stop`, then drain: no new requests, sequences end, everything is given back.
 
-    Raises: ModelFormatError for the model folder, DependencyError for a cold pool that does not answer
-    or an address that can't be bound, and whatever broke the loop.
+    Raises: ModelFormatError for the model folder, SettingsError for more ranks than GPUs, DependencyError
+    for a cold pool that does not answer, an address that can't be bound or a rank that ended, and whatever
+    broke the loop.
     """
     open_logs("worker", settings.telemetry)
     telemetry = open_telemetry(
@@ -40,6 +45,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.close)
         folder = ModelFolder.read(settings.model)
+        check_split(folder.spec, settings.worker.tensor_parallel)
         client = ColdPoolClient(
             settings.worker.coldpool_address,
             holder_id=settings.worker.worker_id,
@@ -55,22 +61,28 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             on_reply=lambda reply: loop.take_reply(reply),
             on_down=lambda: loop.index_down(),
         )
-        device = device_of(settings.model)
+        device = device_of(settings.model, num_ranks=settings.worker.tensor_parallel)
         arena = arena_tensor(client.view, device)
         stack.callback(unregister, arena, device)
         access = ArenaAccess(client, asyncio.get_running_loop())
-        parts = await asyncio.to_thread(
-            assemble, settings, folder, device, arena, arena_port=access, index=index, telemetry=telemetry
-        )
-        stack.callback(parts.copies.close)
+        ranks = await stack.enter_async_context(followers(settings, client.arena_path, client.view.uuid))
+        build = partial(assemble, arena_port=access, index=index, telemetry=telemetry)
+        joined = await ranks.meet(device)
+        parts = await asyncio.to_thread(build, settings, folder, device, arena, ranks=joined)
+        stack.callback(parts.device.close)
+        await ranks.begin()
         loop = Loop(parts, arena)
         identity = folder.card(settings.worker)
         servicer = DecodeWorker(loop, parts, identity, folder.grammar(), eos=folder.eos)
         loop.start()
-        async with _beside(index.run(), client.watch(), keep_card(settings, identity)):
+        watches = (index.run(), client.watch(), ranks.watch(loop.give_up))
+        async with _beside(*watches, keep_card(settings, identity)):
             await _serve(settings, stop, loop, servicer, identity)
         if loop.broken is not None:
             raise loop.broken
+        if not loop.is_running:
+            with contextlib.suppress(RankLostError):  # gone just now, when it is not needed any more
+                await asyncio.to_thread(parts.device.stop_ranks)
 
 
 async def _serve(

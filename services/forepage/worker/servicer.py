@@ -45,7 +45,7 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
             if self.draining or self._loop.broken is not None:
                 raise DependencyError("this worker takes no more requests", None, 1.0)
             asked = Request.parse(
-                request, self._parts.settings, vocab_size=self._parts.model.spec.vocab_size, eos=self._eos
+                request, self._parts.settings, vocab_size=self._parts.device.spec.vocab_size, eos=self._eos
             )
             constraint = await asyncio.to_thread(self._grammar.constraint_of, asked)
         except ForepageError as error:
@@ -85,7 +85,7 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
             key_blocks_total=blocks.keys.total,
             slots_free=blocks.slots.num_free,
             arena_slots_held=self._parts.arena.num_leases,
-            device=str(blocks.device),
+            device=self._parts.device.description,
             draining=self.draining,
         )
 

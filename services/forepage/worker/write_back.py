@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from forepage.coldpool.client import PublishedRecord, RecordKind, SlotRef
 from forepage.errors import ForepageError
-from forepage.model.resume import snapshot
 from forepage.telemetry import MetricName
 from forepage.worker.copy_engine import BlockStore
-from forepage.worker.gpu_blocks import NO_ARENA
+from forepage.worker.kv_memory import NO_ARENA
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Phase, Sequence, Snapshot
 
@@ -72,15 +71,12 @@ class WriteBack:
             )
             for idx, ref in zip(blocks, refs, strict=True)
         ]
-        self._start(_Transfer(sequence, records, list(blocks), self._parts.copies.store(stores)))
+        self._start(_Transfer(sequence, records, list(blocks), self._parts.device.store(stores)))
 
     def take_snapshot(self, sequence: Sequence) -> None:
         """Keep window and compressor state of this point (a multiple of 256 tokens) for a resume record."""
         if sequence.clean:
-            parts = self._parts
-            payload = snapshot(
-                parts.blocks.pools, sequence.holds.slot, sequence.num_processed, parts.geometry
-            ).cpu()
+            payload = self._parts.device.snapshot(sequence.holds.slot, sequence.num_processed)
             sequence.snapshot = Snapshot(sequence.num_processed, payload)
 
     def store_resume(self, sequence: Sequence) -> None:
@@ -107,7 +103,7 @@ class WriteBack:
             for part, (ref, key, piece) in enumerate(zip(refs, keys, pieces, strict=True))
         ]
         copied = [
-            parts.copies.put(parts.arena.offset(ref), piece) for ref, piece in zip(refs, pieces, strict=True)
+            parts.device.put(parts.arena.offset(ref), piece) for ref, piece in zip(refs, pieces, strict=True)
         ]
         self._start(_Transfer(sequence, records, [], copied))
 
@@ -162,7 +158,7 @@ class WriteBack:
                 self._parts.arena.offset(arena.ref_by_block[idx]) if idx in arena.ref_by_block else NO_ARENA
                 for idx in range(max(arena.ref_by_block) + 1)
             ]
-            self._parts.blocks.set_arena_offsets(sequence.device.slot, offsets)
+            self._parts.device.set_arena_offsets(sequence.device.slot, offsets)
 
     def _abandon(self, transfer: _Transfer) -> bool:
         """The sequence is gone and the manager too: its slots go back when the leases are announced."""

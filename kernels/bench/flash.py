@@ -1,0 +1,30 @@
+"""V4-Flash's sizes, as the kernels see them. Source: DeepSeek-V4-Flash config.json."""
+
+from forepage_kernels.layout import KeyLayout, RowLayout
+
+C4_LAYERS = 21
+C128_LAYERS = 20
+BLOCK_ENTRIES = 64
+C128_ENTRIES = 2
+HEADS = 64
+HEAD_DIM = 512
+ROPE_DIMS = 64
+WINDOW = 128
+TOPK = 512
+INDEX_HEADS = 64
+INDEX_DIMS = 128
+MEMORY_HEADS = 128
+MEMORY_LAYERS = 3
+
+ROWS = RowLayout(BLOCK_ENTRIES, HEAD_DIM - ROPE_DIMS, ROPE_DIMS, "fp8")
+WINDOW_ROWS = RowLayout(WINDOW, HEAD_DIM - ROPE_DIMS, ROPE_DIMS, "fp8")
+KEYS = KeyLayout(BLOCK_ENTRIES, INDEX_DIMS, "fp8")
+
+ROW_BYTES = ROWS.value_bytes + ROWS.scale_bytes
+ROWS_PLANE_BYTES = 37_440
+"""A plane of 64 rows, padded to a multiple of 576 as the published format has it."""
+ROWS_BLOCK_BYTES = C4_LAYERS * ROWS_PLANE_BYTES
+KEYS_BLOCK_BYTES = C4_LAYERS * KEYS.plane_bytes
+C128_BLOCK_BYTES = C128_LAYERS * C128_ENTRIES * ROW_BYTES
+RECORD_BYTES = ROWS_BLOCK_BYTES + KEYS_BLOCK_BYTES + C128_BLOCK_BYTES
+SLOT_BYTES = -(-RECORD_BYTES // 4096) * 4096

@@ -1,0 +1,1 @@
+"""Measurements of a running forepage over HTTP; never part of the package."""

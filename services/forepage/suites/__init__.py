@@ -1,0 +1,1 @@
+"""Deterministic long-context tasks: RULER, LongMemEval, LongBench-v2 and MRCR style."""

@@ -1,0 +1,1 @@
+"""Training of forepage-tiny, the small DeepSeek-V4 backbone that ships with the package."""

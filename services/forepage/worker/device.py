@@ -1,0 +1,196 @@
+"""The loop's one way to the device, and so to the devices of all ranks.
+
+Whatever changes device state is a command (commands.py): carried out here, and sent to the other ranks, which
+carry it out in the same order. Changes of tables wait and travel with the next step, so that a commit is part
+of that step's inputs on every rank. What only reads (write-back, snapshots) is rank 0's own affair: all
+ranks hold the same bytes.
+"""
+
+import time
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from forepage.errors import IntegrityError
+from forepage.kv.resident_set import NOT_RESIDENT, ResidentSet
+from forepage.model.resume import snapshot
+from forepage.model.spec import ModelSpec
+from forepage.model.transformer import StepOutput
+from forepage.worker.commands import (
+    BlockLoad,
+    ClearSlot,
+    Command,
+    ConfirmLoads,
+    DecodeStep,
+    Load,
+    PrefillStep,
+    Restore,
+    SetTable,
+    Stop,
+    Table,
+    decode_batch,
+    encode_batch,
+)
+from forepage.worker.copy_engine import BlockStore
+from forepage.worker.rank_device import LoadState, RankDevice
+from forepage.worker.rank_link import RankLink
+
+HEARTBEAT_S = 1.0
+"""Other ranks hear from rank 0 at least so often; one that hears nothing for long gives up."""
+
+
+class Device:
+    """Rank 0's device, leading those of the other ranks if there are any; used by the loop's thread."""
+
+    def __init__(self, local: RankDevice, link: RankLink | None = None, *, num_ranks: int = 1) -> None:
+        self.local = local
+        self._link = link
+        self._num_ranks = num_ranks
+        self._unsent: list[Command] = []
+        self._loads: list[Future[None]] = []
+        """What callers wait for, beside `local.loads`."""
+        self._sent_s = time.monotonic()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's."""
+        return self.local.model.spec
+
+    @property
+    def description(self) -> str:
+        """Where the worker computes, for people."""
+        where = str(self.local.memory.device)
+        return where if self._num_ranks == 1 else f"{where} and {self._num_ranks - 1} more"
+
+    def set_residency(self, slot: int, resident: ResidentSet) -> None:
+        """Make attention see this set from the next step on: the commit."""
+        self._do(SetTable(Table.ROWS, slot, tuple(resident.row_table())))
+        self._do(SetTable(Table.KEYS, slot, tuple(resident.key_table())))
+
+    def set_c128(self, slot: int, ids: Seq[int]) -> None:
+        """The c128 blocks of a sequence, in block order."""
+        self._do(SetTable(Table.C128, slot, tuple(ids)))
+
+    def set_arena_offsets(self, slot: int, offsets: Seq[int]) -> None:
+        """Where each block's record payload begins in the arena, NO_ARENA where it isn't there yet."""
+        self._do(SetTable(Table.ARENA, slot, tuple(offsets)))
+
+    def set_staging(self, slot: int, row_ids: Seq[int]) -> None:
+        """Row blocks that pulled rows of this sequence go to; none: it never pulls."""
+        width = self.local.memory.tables[Table.STAGING].shape[1]
+        self._do(SetTable(Table.STAGING, slot, tuple(row_ids) or (NOT_RESIDENT,) * width))
+
+    def clear_slot(self, slot: int) -> None:
+        """Forget a sequence's tables and state; the next one in this slot starts from nothing."""
+        self._do(ClearSlot(slot))
+
+    def restore(self, slot: int, num_tokens: int, arena_offsets: Seq[int]) -> None:
+        """Put the resume record whose parts lie there back into a slot."""
+        self._do(Restore(slot, num_tokens, tuple(arena_offsets)))
+
+    def load(self, loads: Seq[BlockLoad]) -> Future[None]:
+        """Start loading; done between steps, when the bytes are on the device of every rank."""
+        if self._link is None:
+            return self.local.copies.load(loads)
+        self._do(Load(tuple(loads)))
+        future: Future[None] = Future()
+        self._loads.append(future)
+        return future
+
+    def prefill(self, slot: int, start: int, tokens: Seq[int]) -> StepOutput:
+        """Process consecutive tokens of one sequence; the last one's output."""
+        return self._step(PrefillStep(slot, start, tuple(tokens)))
+
+    def decode(self, slots: Seq[int], positions: Seq[int], tokens: Seq[int]) -> StepOutput:
+        """Process one token of each sequence."""
+        return self._step(DecodeStep(tuple(slots), tuple(positions), tuple(tokens)))
+
+    def store(self, stores: Seq[BlockStore]) -> Future[list[int]]:
+        """Start writing blocks back to the arena; done with each record's checksum."""
+        return self.local.copies.store(stores)
+
+    def put(self, arena_offset: int, payload: Tensor) -> Future[int]:
+        """Write one payload (u8, host) into the arena; done with its checksum."""
+        return self.local.copies.put(arena_offset, payload)
+
+    def snapshot(self, slot: int, num_tokens: int) -> Tensor:
+        """Window and compressor state of a slot as a resume record, on the host."""
+        memory = self.local.memory
+        return snapshot(memory.pools, slot, num_tokens, memory.geometry).cpu()
+
+    def tick(self) -> None:
+        """Between steps: start loads on the other ranks, and settle those that every rank has ended.
+
+        Raises: RankLostError.
+        """
+        if self._link is None:
+            return
+        may_settle = any(load.done() for load in self.local.loads)
+        is_load_unsent = any(isinstance(command, Load) for command in self._unsent)
+        if may_settle:
+            self._unsent.append(ConfirmLoads())
+        if may_settle or is_load_unsent or time.monotonic() - self._sent_s > HEARTBEAT_S:
+            self._send(self._link)
+        if may_settle:
+            self._settle(self._link)
+
+    def stop_ranks(self) -> None:
+        """Tell the other ranks that the worker ends; after the loop's thread has. Raises: RankLostError."""
+        if self._link is not None:
+            self._unsent.append(Stop())
+            self._send(self._link)
+
+    def close(self) -> None:
+        """Wait for copies that were started, and end their thread."""
+        self.local.copies.close()
+
+    def _do(self, command: Command) -> None:
+        if self._link is not None:
+            self._unsent.append(command)
+        self.local.run(command)
+
+    def _step(self, command: PrefillStep | DecodeStep) -> StepOutput:
+        """The other ranks are told first: in the step they and we wait for each other."""
+        if self._link is not None:
+            self._unsent.append(command)
+            self._send(self._link)
+        output = self.local.run(command)
+        assert output is not None
+        return output
+
+    def _send(self, link: RankLink) -> None:
+        batch, self._unsent = self._unsent, []
+        link.send(encode_batch(batch))
+        self._sent_s = time.monotonic()
+
+    def _settle(self, link: RankLink) -> None:
+        states = link.least([int(state) for state in self.local.load_states()])
+        waiting = []
+        for local, future, state in zip(self.local.loads, self._loads, states, strict=True):
+            if state == LoadState.UNDER_WAY:
+                waiting.append(future)
+            elif state == LoadState.DONE:
+                future.set_result(None)
+            else:
+                ours = local.exception() if local.done() else None
+                future.set_exception(ours or IntegrityError("a rank could not load blocks from the arena"))
+        self._loads = waiting
+        self.local.settle(states)
+
+
+def follow(local: RankDevice, link: RankLink) -> None:
+    """What every rank but 0 does: carry out what it is sent, until it is told to stop.
+
+    Raises: RankLostError when rank 0 is gone.
+    """
+    with torch.inference_mode():
+        while True:
+            for command in decode_batch(link.receive()):
+                if isinstance(command, Stop):
+                    return
+                if isinstance(command, ConfirmLoads):
+                    local.settle(link.least([int(state) for state in local.load_states()]))
+                else:
+                    local.run(command)

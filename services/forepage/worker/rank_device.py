@@ -1,0 +1,94 @@
+"""One rank's device: model, KV memory, copies. Carries out commands; every rank has one, rank 0 too."""
+
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from forepage.model.resume import restore
+from forepage.model.transformer import StepOutput, Transformer
+from forepage.worker.commands import (
+    ClearSlot,
+    Command,
+    DecodeStep,
+    Load,
+    PrefillStep,
+    Restore,
+    SetTable,
+)
+from forepage.worker.copy_engine import CopyEngine
+from forepage.worker.kv_memory import KvMemory
+
+
+class LoadState(IntEnum):
+    """How far a load is; of several ranks the least counts."""
+
+    FAILED = -1
+    UNDER_WAY = 0
+    DONE = 1
+
+
+class RankDevice:
+    """Law: what a rank's device holds depends on nothing but the commands it carried out, and the arena."""
+
+    def __init__(self, model: Transformer, memory: KvMemory, copies: CopyEngine, arena: Tensor) -> None:
+        """`arena` is the mapped payload area, u8."""
+        self.model = model
+        self.memory = memory
+        self.copies = copies
+        self._arena = arena
+        self.loads: list[Future[None]] = []
+        """Started and not yet settled with the other ranks, in the order of their commands."""
+
+    def run(self, command: Command) -> StepOutput | None:
+        """Carry out one command; a step gives its output. Loads only start here."""
+        match command:
+            case SetTable():
+                self.memory.set_table(command.table, command.slot, command.values)
+            case ClearSlot():
+                self.memory.clear_slot(command.slot)
+            case Load():
+                self.loads.append(self.copies.load(command.loads))
+            case Restore():
+                self._restore(command)
+            case PrefillStep():
+                return self._prefill(command)
+            case DecodeStep():
+                return self._decode(command)
+            case _:
+                raise ValueError(f"{command.OP} is between ranks, not for one of them")
+        return None
+
+    def load_states(self) -> list[LoadState]:
+        """How far each load is."""
+        return [_state(load) for load in self.loads]
+
+    def settle(self, states: Seq[int]) -> None:
+        """Forget the loads that all ranks have ended."""
+        pairs = zip(self.loads, states, strict=True)
+        self.loads = [load for load, state in pairs if state == LoadState.UNDER_WAY]
+
+    def _restore(self, command: Restore) -> None:
+        geometry, memory = self.memory.geometry, self.memory
+        parts = [self._arena[offset : offset + geometry.slot_bytes] for offset in command.arena_offsets]
+        payload = torch.cat(parts)[: geometry.resume_bytes].to(memory.device)
+        restore(memory.pools, command.slot, command.num_tokens, geometry, payload)
+
+    def _prefill(self, command: PrefillStep) -> StepOutput:
+        chunk = self.memory.prefill_chunk(command.slot, command.start, len(command.tokens))
+        return self.model.prefill(self._tokens(command.tokens), chunk, self.memory.pools)
+
+    def _decode(self, command: DecodeStep) -> StepOutput:
+        batch = self.memory.decode_batch(command.slots, command.positions)
+        return self.model.decode(self._tokens(command.tokens), batch, self.memory.pools, self._arena)
+
+    def _tokens(self, tokens: Seq[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.int64, device=self.memory.device)
+
+
+def _state(load: Future[None]) -> LoadState:
+    if not load.done():
+        return LoadState.UNDER_WAY
+    return LoadState.DONE if load.exception() is None else LoadState.FAILED

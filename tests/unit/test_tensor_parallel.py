@@ -1,0 +1,204 @@
+"""A model split over ranks says what it says on one: over every layer type, both routings, paged or not."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from forepage.errors import ModelFormatError
+from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
+from forepage.model.moe import DENSE_EXPERTS
+from forepage.model.rank_group import ALONE, RankGroup, RankLostError
+from forepage.model.spec import ModelSpec
+from forepage.model.tensor_parallel import check_split, rank_spans
+from forepage.model.transformer import Transformer
+from forepage.model.weight_table import weight_table
+from forepage.model.weights import load_or_seed, seeded_weights
+from rigs.checkpoint_writer import stored_tensors, write_checkpoint
+from rigs.parity import ATOL, MIXED, SEED, Sequences, Subject, TieBreaker, decode_from, prefill
+from rigs.ranks import CPU, on_ranks
+
+NUM_TOKENS = 400
+FOUR_WAYS = MIXED | {"o_groups": 4}
+MANY_EXPERTS = FOUR_WAYS | {"n_routed_experts": 2 * DENSE_EXPERTS, "num_experts_per_tok": 3}
+"""More than run densely: tokens are sorted by expert, and a rank has only some of the experts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config, how many entries its indexers take, and over how many ranks it is split."""
+
+    id: str
+    config: dict[str, object]
+    index_topk: int
+    num_ranks: int
+    chunks: tuple[int, ...] = (NUM_TOKENS, 64, 100)
+
+    @property
+    def full_config(self) -> dict[str, object]:
+        return self.config | {"index_topk": self.index_topk}
+
+
+CASES = [
+    Case("two ranks", MIXED, 256, 2, chunks=(NUM_TOKENS, 7, 64, 100)),
+    Case("two ranks, top 32", MIXED, 32, 2),
+    Case("four ranks", FOUR_WAYS, 256, 4),
+    Case("four ranks, sorted experts", MANY_EXPERTS, 256, 4),
+]
+
+
+def split_model(case: Case, ranks: RankGroup, *, kv: KvFormat = KvFormat.FP32) -> Transformer:
+    """One rank's model."""
+    spec = ModelSpec.from_config(case.full_config)
+    weights = seeded_weights(
+        spec, SEED, dtype=torch.float32, device=CPU, rank=ranks.rank, num_ranks=ranks.num_ranks
+    )
+    geometry = KvGeometry.from_config(case.full_config, kv)
+    return Transformer(spec, geometry, weights, CPU, target_layers=(2,), ranks=ranks)
+
+
+def text(case: Case) -> Tensor:
+    """Random tokens, the same each time."""
+    vocab = ModelSpec.from_config(case.full_config).vocab_size
+    return torch.randint(vocab, (NUM_TOKENS,), generator=torch.Generator().manual_seed(SEED))
+
+
+def whole_text_logits(case: Case) -> Tensor:
+    """What one rank says at every position, prefilled at once."""
+    model, tokens = split_model(case, ALONE), text(case)
+    blocks = model.geometry.num_blocks(NUM_TOKENS)
+    pools = KvPools.poisoned(model.geometry, PoolCapacity(1, blocks, blocks, blocks), CPU)
+    table = torch.arange(blocks, dtype=torch.int32)
+    chunk = PrefillChunk(0, 0, table, table, table)
+    with torch.inference_mode():
+        return model.prefill(tokens, chunk, pools, all_logits=True).logits
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_split_model_says_what_one_rank_says(case: Case) -> None:
+    expected, tokens = whole_text_logits(case), text(case)
+
+    def worst(ranks: RankGroup) -> dict[str, float]:
+        subject = Subject(split_model(case, ranks), tokens, expected, [], TieBreaker([]))
+        how = {f"chunks of {n}": prefill(subject, chunk=n) for n in case.chunks}
+        how["decode"] = decode_from(subject, prompts=(1, 127, 255, 390), steps=6, paged=False)
+        how["paged"] = decode_from(subject, prompts=(300, 390), steps=6, paged=True)
+        return how
+
+    for rank, differences in enumerate(on_ranks(case.num_ranks, worst)):
+        assert {how: diff for how, diff in differences.items() if not diff <= ATOL} == {}, rank
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_hold_the_same_bits(num_ranks: int) -> None:
+    """FP8 rows would show the least difference as a jump; a rank that drifts selects other entries."""
+    case = Case("fp8", FOUR_WAYS | {"head_dim": 128, "qk_rope_head_dim": 64, "index_head_dim": 128}, 32, 4)
+    tokens = text(case)
+
+    def run(ranks: RankGroup) -> tuple[list[Tensor], KvPools]:
+        model = split_model(case, ranks, kv=KvFormat.FP8)
+        subject = Subject(model, tokens, torch.zeros(NUM_TOKENS, model.spec.vocab_size), [], TieBreaker([]))
+        sequences = Sequences(subject, 2, NUM_TOKENS)
+        for sequence, length in enumerate((300, 390)):
+            sequences.prefill(sequence, length, 128)
+        outputs = []
+        for step in range(4):
+            sequences.decode(torch.tensor((300, 390)) + step)
+        chunk = PrefillChunk(0, 304, *([sequences.table[0]] * 3))
+        output = model.prefill(tokens[304:310], chunk, sequences.pools, all_logits=True)
+        outputs += [output.logits, output.hidden, *(tap.scores for tap in output.indexer)]
+        return outputs, sequences.pools
+
+    (outputs, pools), *others = on_ranks(num_ranks, run)
+    assert outputs[0].isfinite().all()
+    for other_outputs, other_pools in others:
+        for ours, theirs in zip(outputs, other_outputs, strict=True):
+            assert torch.equal(ours, theirs)
+        for item in fields(KvPools):
+            ours, theirs = getattr(pools, item.name), getattr(other_pools, item.name)
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), item.name
+
+
+def test_half_precision_products_are_summed_in_fp32() -> None:
+    """The sum of two ranks' bf16 products is rounded once, so it stays within a bf16 step of one rank's."""
+    case = CASES[0]
+    spec = ModelSpec.from_config(case.full_config)
+    x = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def attend(ranks: RankGroup) -> Tensor:
+        weights = seeded_weights(
+            spec, SEED, dtype=torch.bfloat16, device=CPU, rank=ranks.rank, num_ranks=ranks.num_ranks
+        )
+        geometry = KvGeometry.from_config(case.full_config, KvFormat.FP32)
+        model = Transformer(spec, geometry, weights, CPU, ranks=ranks)
+        return model._layers[0].moe.forward(x, torch.arange(5))
+
+    with torch.inference_mode():
+        alone = attend(ALONE)
+    split, again = on_ranks(2, attend)
+    assert split.dtype == torch.bfloat16
+    assert torch.equal(split, again)
+    step = torch.finfo(torch.bfloat16).eps * alone.abs().float()
+    assert ((split.float() - alone.float()).abs() <= step).all()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_seeded_parts_are_slices_of_the_same_draws(num_ranks: int) -> None:
+    spec = ModelSpec.from_config(FOUR_WAYS)
+    whole = seeded_weights(spec, SEED, dtype=torch.float32, device=CPU)
+    parts = [
+        seeded_weights(spec, SEED, dtype=torch.float32, device=CPU, rank=rank, num_ranks=num_ranks)
+        for rank in range(num_ranks)
+    ]
+    for name, entry in weight_table(spec).items():
+        held = [part[name] for part in parts if name in part]
+        assert len(held) == (1 if entry.expert is not None else num_ranks), name
+        if entry.expert is not None or held[0].shape == whole[name].shape:
+            assert all(torch.equal(part, whole[name]) for part in held), name
+        else:
+            dim = 0 if held[0].shape[0] != whole[name].shape[0] else 1
+            assert torch.equal(torch.cat(held, dim), whole[name]), name
+
+
+def test_rank_reads_only_its_part_of_a_checkpoint(tmp_path: Path) -> None:
+    config = FOUR_WAYS | {"hidden_size": 256, "head_dim": 128, "qk_rope_head_dim": 64, "o_lora_rank": 64}
+    config |= {"quantization_config": {"quant_method": "fp8"}}
+    write_checkpoint(tmp_path, config, stored_tensors(config))
+    spec = ModelSpec.from_config(config)
+    whole = load_or_seed(tmp_path, spec, dtype=torch.float32, device=CPU)
+    for rank in range(2):
+        part = load_or_seed(tmp_path, spec, dtype=torch.float32, device=CPU, rank=rank, num_ranks=2)
+        spans = rank_spans(spec, rank=rank, num_ranks=2)
+        assert part.keys() == spans.keys()
+        for name, span in spans.items():
+            expected = whole[name][span.rows]
+            expected = expected[:, span.columns] if expected.dim() == 2 else expected
+            assert torch.equal(part[name], expected), name
+
+
+def test_refusal_names_what_does_not_divide() -> None:
+    spec = ModelSpec.from_config(MIXED | {"n_routed_experts": 6})
+    with pytest.raises(ModelFormatError, match=r"4 ranks: o_groups 2, n_routed_experts 6 do not divide"):
+        check_split(spec, 4)
+    with pytest.raises(ModelFormatError, match="o_groups 2 does not divide"):
+        Transformer(
+            ModelSpec.from_config(MIXED),
+            KvGeometry.from_config(MIXED, KvFormat.FP32),
+            {},
+            CPU,
+            ranks=RankGroup(0, 8),
+        )
+
+
+def test_lost_rank_is_an_error_of_its_own() -> None:
+    def leave_or_sum(ranks: RankGroup) -> str:
+        if ranks.rank == 1:
+            return "left"  # its group, and with it its connections, go away here
+        with pytest.raises(RankLostError, match="another rank is gone"):
+            ranks.all_reduce(torch.zeros(4))
+        return "noticed"
+
+    assert on_ranks(2, leave_or_sum) == ["noticed", "left"]
