@@ -3,7 +3,7 @@
 `random.Random` seeded with text is the same on every machine and Python; nothing here uses `hash()`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from random import Random
 from typing import TypeVar
@@ -13,6 +13,8 @@ from forepage.suites.task import Split
 from forepage.suites.wording.words import CODAS, ONSETS, VOWELS
 
 T = TypeVar("T")
+HEARD_SHARE = 0.4
+"""Of training, said in the ways of the test."""
 HEX = "0123456789abcdef"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -53,6 +55,17 @@ class Draw:
     def pick(self, items: Sequence[T]) -> T:
         """One of the items."""
         return items[int(self._random() * len(items))]
+
+    def wording(self, tables: Mapping[str, T]) -> T:
+        """How something is said: one of two tables of the suites' wording."""
+        return tables[(Split.TEST if self.says_as_test() else Split.TRAIN).value]
+
+    def says_as_test(self) -> bool:
+        """Whether to use the test's phrases. Training hears them too: a small model has no other teacher.
+
+        What stays apart are words, names, attributes and seeds (`lexicon.py`): all that is looked up.
+        """
+        return not self.training or self.chance(HEARD_SHARE)
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
         """The items in random order."""

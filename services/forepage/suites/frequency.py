@@ -84,10 +84,9 @@ def _document(
     draw: Draw, counting: Counting, length_tokens: int, commons: Sequence[tuple[str, ...]], fill: Fill
 ) -> Task:
     kind, lists = counting.task, counting.lists
-    split = draw.split.value
-    intro = (wording.RULER_INTRO[kind] if counting.as_ruler else draw.pick(wording.INTROS[split])).expand(
-        draw
-    ) + "\n"
+    intro = (
+        wording.RULER_INTRO[kind] if counting.as_ruler else draw.pick(draw.wording(wording.INTROS))
+    ).expand(draw) + "\n"
     if counting.as_ruler and kind == "cwe" and length_tokens >= EXAMPLE_FROM and draw.chance(0.5):
         intro = example(common_words(draw, EXAMPLE_TOKENS, 1)) + intro
     questions = []
@@ -96,7 +95,7 @@ def _document(
         pattern = (
             wording.RULER_QUESTION[kind]
             if counting.as_ruler and lists == 1
-            else draw.pick(wording.QUESTIONS[split])
+            else draw.pick(draw.wording(wording.QUESTIONS))
         )
         said = pattern.expand(draw, {"count": str(counting.count), "list": name})
         questions.append(Question(said, _answer(counting, common), common, (), kind))

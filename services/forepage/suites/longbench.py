@@ -20,16 +20,14 @@ def longbench(draw: Draw, length_tokens: int, num_questions: int) -> Task:
     paragraphs: list[list[Statement]] = []
     lookups = [lookup(draw, world, 1 if plain or draw.chance(0.7) else 2, paragraphs) for _ in range(wanted)]
     asking = (
-        wording.PUBLISHED_QUESTION
-        if published and not plain
-        else draw.pick(wording.QUESTIONS[draw.split.value])
+        wording.PUBLISHED_QUESTION if published and not plain else draw.pick(draw.wording(wording.QUESTIONS))
     )
     rivals: list[Statement] = []
     questions = [_question(draw, world, asking, one, rivals) for one in lookups]
     room = document_room(length_tokens, questions)
-    intro = wording.PUBLISHED_INTRO if published else draw.pick(wording.INTROS[draw.split.value]).expand(draw)
+    intro = wording.PUBLISHED_INTRO if published else draw.pick(draw.wording(wording.INTROS)).expand(draw)
     intro, outro = (intro, wording.PUBLISHED_OUTRO if published else "") if not plain else ("", "")
-    head = draw.pick(wording.HEADS[draw.split.value])
+    head = draw.pick(draw.wording(wording.HEADS))
     text, starts = documents(
         draw, world, paragraphs, room - len(intro) - len(outro), plain=plain,
         head=lambda number: head.expand(draw, {"number": number}),

@@ -85,12 +85,12 @@ class Memories:
 
     def _say(self, topic: Topic, thing: str, what: str, session: int) -> Saying:
         values = {"s": thing, "o": what}
-        said = topic.said[self._draw.split.value].expand(self._draw, values)
+        said = self._draw.wording(topic.said).expand(self._draw, values)
         request = topic.request.expand(self._draw, values) if topic.request else ""
         return Saying(said[0].upper() + said[1:], session, request)
 
     def _ask(self, topic: Topic, thing: str) -> str:
-        return topic.asked[self._draw.split.value].expand(self._draw, {"s": thing})
+        return self._draw.wording(topic.asked).expand(self._draw, {"s": thing})
 
     def _anywhere(self) -> int:
         return self._draw.below(len(self._sessions))
@@ -120,7 +120,7 @@ class Memories:
         if not counted:
             question = Question(self._ask(topic, thing), answer, tuple(items), (), "multi_session_list")
             return Asked(question, tuple(sayings))
-        asking = Pattern(wording.COUNT_QUESTIONS[topic.name][not draw.training]).expand(draw, {"s": thing})
+        asking = Pattern(wording.COUNT_QUESTIONS[topic.name][draw.says_as_test()]).expand(draw, {"s": thing})
         answer = f"{answer} That makes {len(items)}."
         return Asked(Question(asking, answer, (str(len(items)),), (), "multi_session_count"), tuple(sayings))
 
@@ -152,7 +152,7 @@ class Memories:
     def _first(self) -> Asked:
         early, late, days, sayings = self._two_events(len(self._sessions))
         a, b = (early, late) if self._draw.chance(0.5) else (late, early)
-        asking = self._draw.pick(wording.FIRST_QUESTIONS[self._draw.split.value]).expand(
+        asking = self._draw.pick(self._draw.wording(wording.FIRST_QUESTIONS)).expand(
             self._draw, {"a": a, "b": b}
         )
         answer = f"The {early} was on {days[0]} and the {late} was on {days[1]}, so the {early} came first."
@@ -161,7 +161,7 @@ class Memories:
     def _days(self) -> Asked:
         early, late, days, sayings = self._two_events(8)
         first, second = (self._sessions[saying.session].date.date() for saying in sayings)
-        asking = self._draw.pick(wording.DAYS_QUESTIONS[self._draw.split.value]).expand(
+        asking = self._draw.pick(self._draw.wording(wording.DAYS_QUESTIONS)).expand(
             self._draw, {"a": early, "b": late}
         )
         passed = (second - first).days
@@ -195,9 +195,7 @@ class Memories:
 def longmemeval(draw: Draw, length_tokens: int, num_questions: int) -> Task:
     """Sessions full of small talk, and questions on what was said in them."""
     layout = Layout(draw.chance(0.3 if draw.training else 0.5), "")
-    layout = replace(
-        layout, intro=draw.pick(wording.INTROS[draw.split.value]) if length_tokens >= SHORT else ""
-    )
+    layout = replace(layout, intro=draw.pick(draw.wording(wording.INTROS)) if length_tokens >= SHORT else "")
     plain = length_tokens < SHORT
     sessions = dated(draw, max(2, min(length_tokens // SESSION_CHARS, 60 + length_tokens // 6000)))
     asked = _asked(draw, sessions, length_tokens, num_questions)

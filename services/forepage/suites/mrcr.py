@@ -55,7 +55,7 @@ class Writer:
     def write(self, form: str, topic: str, group: int = -1, place: int = -1) -> Written:
         """One more request for a form about a topic, with an answer of its own."""
         draw = self._draw
-        request = draw.pick(wording.REQUESTS[draw.split.value]).expand(draw, {"form": form, "topic": topic})
+        request = draw.pick(draw.wording(wording.REQUESTS)).expand(draw, {"form": form, "topic": topic})
         prose = draw.pick((self._prose, self._prose, self._talk))
         chars = draw.between(self._chars * 2 // 3, self._chars)
         text = f"{draw.adjective().capitalize()} {topic}! {prose.some(max(12, chars - len(topic) - 12))}"
@@ -91,7 +91,7 @@ def mrcr(draw: Draw, length_tokens: int, num_questions: int) -> Task:
 def _question(draw: Draw, form: str, topic: str, group: list[Written], place: int) -> Question:
     code = "".join([draw.pick(CODE_LETTERS) for _ in range(10)]) if draw.chance(0.8) else ""
     nth, word = wording.ORDINALS[place]
-    asking = (wording.QUESTIONS if code else wording.PLAIN_QUESTIONS)[draw.split.value]
+    asking = draw.wording(wording.QUESTIONS if code else wording.PLAIN_QUESTIONS)
     as_published = bool(code) and draw.chance(0.3 if draw.training else 0.6)
     pattern = wording.OPENAI_QUESTION if as_published else draw.pick(asking)
     values = {"code": code, "form": form, "topic": topic}

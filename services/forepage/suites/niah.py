@@ -148,18 +148,17 @@ def _wording(draw: Draw, recipe: Recipe) -> Wording:
             wording.RULER_INTRO[many],
             (wording.RULER_QUESTION[many],),
         )
-    split = draw.split.value
     asking = wording.QUESTIONS
     if many:
         asking = wording.MANY_QUESTIONS if recipe.values_per_key > 1 else wording.MULTI_QUESTIONS
-    needles = wording.NEEDLES[split]
+    needles = draw.wording(wording.NEEDLES)
     mixed = draw.chance(0.3)
     return Wording(
         recipe.value,
         _attribute(draw, recipe.value),
         needles if mixed else (draw.pick(needles),),
-        draw.pick(wording.INTROS[split]),
-        asking[split],
+        draw.pick(draw.wording(wording.INTROS)),
+        draw.wording(asking),
     )
 
 

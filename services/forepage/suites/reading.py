@@ -64,7 +64,7 @@ def reading(draw: Draw, suite: str, length_tokens: int, num_questions: int) -> T
     frame = (
         wording.RULER_QUESTION
         if as_ruler and length_tokens >= SHORT
-        else draw.pick(wording.FRAMES[draw.split.value])
+        else draw.pick(draw.wording(wording.FRAMES))
     )
     hops = 1 if suite == "qa_1" else 2
     chars = (260 if length_tokens < SHORT else 450) * hops
@@ -73,7 +73,7 @@ def reading(draw: Draw, suite: str, length_tokens: int, num_questions: int) -> T
     lookups = [lookup(draw, world, hops, paragraphs) for _ in range(wanted)]
     questions = [_question(draw, suite, frame, one) for one in lookups]
     room = document_room(length_tokens, questions)
-    intro = (wording.RULER_INTRO if as_ruler else draw.pick(wording.INTROS[draw.split.value])).expand(draw)
+    intro = (wording.RULER_INTRO if as_ruler else draw.pick(draw.wording(wording.INTROS))).expand(draw)
     intro = intro if len(intro) < room / 4 else ""
     text, starts = documents(draw, world, paragraphs, room - len(intro), plain=length_tokens < SHORT)
     return inline_task(
@@ -101,7 +101,7 @@ def lookup(draw: Draw, world: World, hops: int, paragraphs: list[list[Statement]
     end = world.statement(second, start.object)
     paragraphs.append(draw.shuffled([start, *_aside(draw, world, start)]))
     paragraphs.append(draw.shuffled([end, *_aside(draw, world, end)]))
-    text = Pattern(asked if draw.training else asked_test).expand(draw, {"s": start.subject})
+    text = Pattern(asked_test if draw.says_as_test() else asked).expand(draw, {"s": start.subject})
     return Lookup(text, (start, end))
 
 

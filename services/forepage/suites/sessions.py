@@ -66,7 +66,7 @@ def exchange_of(draw: Draw, saying: Saying, talk: Prose, *, plain: bool) -> Exch
     after = "" if plain or draw.chance(0.5) else " " + talk.sentence()
     if saying.request:
         return Exchange(before + saying.request, f"{saying.text}{after}", saying)
-    reply = wording.REPLIES[draw.split.value].expand(draw)
+    reply = draw.wording(wording.REPLIES).expand(draw)
     return Exchange(before + saying.text + after, reply, saying)
 
 

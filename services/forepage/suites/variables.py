@@ -35,16 +35,15 @@ class Chain:
 
 def variable_tracking(draw: Draw, length_tokens: int, num_questions: int) -> Task:
     """One chain of RULER's four hops a question, all in one text; shorter chains where the text is short."""
-    split = draw.split.value
     as_ruler = draw.chance(0.2 if draw.training else 0.5)
-    forms = wording.RULER_ASSIGNMENT if as_ruler else draw.pick(wording.ASSIGNMENTS[split])
+    forms = wording.RULER_ASSIGNMENT if as_ruler else draw.pick(draw.wording(wording.ASSIGNMENTS))
     hops = draw.between(1, 5) if draw.training else 4
     if length_tokens < SHORT:
         hops = 1
     chains = _chains(draw, forms, hops, length_tokens, num_questions, upper=as_ruler or draw.chance(0.6))
     questions = [_question(draw, chain, as_ruler=as_ruler) for chain in chains]
     room = document_room(length_tokens, questions)
-    intro = (wording.RULER_INTRO if as_ruler else draw.pick(wording.INTROS[split])).expand(draw)
+    intro = (wording.RULER_INTRO if as_ruler else draw.pick(draw.wording(wording.INTROS))).expand(draw)
     intro = intro if len(intro) < room / 4 else ""
     if as_ruler and length_tokens >= EXAMPLE_FROM and draw.chance(0.5):
         intro = example(variable_tracking(draw, EXAMPLE_TOKENS, 1)) + intro
@@ -102,7 +101,7 @@ def _interleaved(draw: Draw, chains: list[Chain]) -> list[str]:
 
 def _question(draw: Draw, chain: Chain, *, as_ruler: bool) -> Question:
     """The answer walks the chain, then lists the variables."""
-    pattern = wording.RULER_QUESTION if as_ruler else draw.pick(wording.QUESTIONS[draw.split.value])
+    pattern = wording.RULER_QUESTION if as_ruler else draw.pick(draw.wording(wording.QUESTIONS))
     walk = [f"{name} = {held}" for name, held in zip(chain.names, [chain.value, *chain.names], strict=False)]
     answer = f"{', '.join(walk)}. The variables are {listed(chain.names)}."
     return Question(pattern.expand(draw, {"value": chain.value}), answer, chain.names, (), "vt")

@@ -64,12 +64,12 @@ class World:
     def statement(self, relation: Relation, subject: str, thing: str | None = None) -> Statement:
         """A fact about `subject`; its object is new unless it is given."""
         what = thing if thing is not None else self.thing(relation.object)
-        said = relation.stated[self._draw.split.value].expand(self._draw, {"s": subject, "o": what})
+        said = self._draw.wording(relation.stated).expand(self._draw, {"s": subject, "o": what})
         return Statement(relation, subject, what, _capital(said) + ".")
 
     def question(self, statement: Statement) -> str:
         """A question whose answer is the fact."""
-        return statement.relation.asked[self._draw.split.value].expand(self._draw, {"s": statement.subject})
+        return self._draw.wording(statement.relation.asked).expand(self._draw, {"s": statement.subject})
 
     def facts(self, sort: str, count: int) -> list[Statement]:
         """A new thing, with `count` different facts about it."""

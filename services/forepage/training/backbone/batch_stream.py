@@ -97,6 +97,7 @@ def _staging(num_tokens: int, pinned: bool) -> dict[str, Tensor]:
         "tokens": torch.int16,
         "targets": torch.int16,
         "kinds": torch.uint8,
+        "decisive": torch.bool,
         "positions": torch.int32,
         "weights": torch.float32,
         "flattening": torch.float32,

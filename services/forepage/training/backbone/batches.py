@@ -3,7 +3,7 @@
 numpy only: worker processes run `make_batch`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ class Batch:
     weights: NDArray[np.float32]
     kinds: NDArray[np.uint8]  # of the target
     questions: NDArray[np.int32]  # of the target
+    decisive: NDArray[np.bool_]  # whether the target is
     positions: NDArray[np.int32]
     flattening: NDArray[np.float32]
 
@@ -49,7 +50,8 @@ def make_batch(data: DataConfig, stage: StageConfig, stage_idx: int, step: int) 
         flat = stage.length >= FLATTEN_FROM and draw.random() < FLATTEN_SHARE
         scale = 1 - MAX_FLATTENING * draw.random() if flat else 1.0
         flattening.append(np.full(stage.length, scale, np.float32))
-    return _packed(documents, np.concatenate(positions), np.concatenate(flattening), stage.rest_weight)
+    weights = (stage.rest_weight, stage.decisive_weight)
+    return _packed(documents, np.concatenate(positions), np.concatenate(flattening), weights)
 
 
 def test_batch(suite: str, length: int, tokens: int, seed: int) -> Batch:
@@ -64,9 +66,9 @@ def test_batch(suite: str, length: int, tokens: int, seed: int) -> Batch:
         questions = np.where(
             document.questions == NO_QUESTION, NO_QUESTION, document.questions + number * length
         )
-        documents.append(Document(document.tokens, document.kinds, questions.astype(np.int32)))
+        documents.append(replace(document, questions=questions.astype(np.int32)))
     positions = np.tile(np.arange(length, dtype=np.int32), len(documents))
-    return _packed(documents, positions, np.ones(len(positions), np.float32), 0.0)
+    return _packed(documents, positions, np.ones(len(positions), np.float32), (0.0, 1.0))
 
 
 def _document(draw: np.random.Generator, data: DataConfig, stage: StageConfig) -> Document:
@@ -98,17 +100,20 @@ def _packed(
     documents: list[Document],
     positions: NDArray[np.int32],
     flattening: NDArray[np.float32],
-    rest_weight: float,
+    rest_and_decisive_weight: tuple[float, float],
 ) -> Batch:
     """Targets are the next token of the same document; the last one has none."""
+    rest_weight, decisive_weight = map(np.float32, rest_and_decisive_weight)
     tokens = np.concatenate([document.tokens for document in documents])
     last = np.cumsum([document.length for document in documents]) - 1
     targets = np.roll(tokens, -1)
     kinds = np.roll(np.concatenate([document.kinds for document in documents]), -1)
     questions = np.roll(np.concatenate([document.questions for document in documents]), -1)
-    weights = np.where(kinds == REST, np.float32(rest_weight), np.float32(1.0))
+    decisive = np.roll(np.concatenate([document.decisive for document in documents]), -1)
+    weights = np.where(kinds == REST, rest_weight, np.where(decisive, decisive_weight, np.float32(1.0)))
     weights[targets == PAD] = 0.0
     weights[last] = 0.0
     kinds[last] = REST
     questions[last] = NO_QUESTION
-    return Batch(tokens, targets, weights, kinds, questions, positions, flattening)
+    decisive[last] = False
+    return Batch(tokens, targets, weights, kinds, questions, decisive, positions, flattening)

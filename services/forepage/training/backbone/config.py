@@ -31,7 +31,8 @@ class StageConfig:
     """A part of the curriculum: documents of one length, packed into steps of so many tokens.
 
     It takes `share` of the run's time, or `steps` where that is given. `records` is the share of documents
-    that are records; the others are the suites'. `rest_weight` is the loss weight of what is no answer.
+    that are records; the others are the suites'. `rest_weight` is the loss weight of what is no answer,
+    `decisive_weight` that of an answer's tokens that the right part of the context decides; others have 1.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StageConfig:
     steps: int | None
     records: float
     rest_weight: float
+    decisive_weight: float
     fp8_rows: bool
 
 

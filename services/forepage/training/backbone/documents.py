@@ -21,6 +21,7 @@ class Document:
     tokens: NDArray[np.uint16]
     kinds: NDArray[np.uint8]
     questions: NDArray[np.int32]  # the question an answer's token belongs to, else NO_QUESTION
+    decisive: NDArray[np.bool_]  # tokens of an answer that only the right part of the context gives
 
     @property
     def length(self) -> int:
@@ -36,4 +37,5 @@ class Document:
             tokens=np.concatenate((self.tokens, np.full(missing, PAD, np.uint16))),
             kinds=np.concatenate((self.kinds, np.zeros(missing, np.uint8))),
             questions=np.concatenate((self.questions, np.full(missing, NO_QUESTION, np.int32))),
+            decisive=np.concatenate((self.decisive, np.zeros(missing, np.bool_))),
         )

@@ -52,7 +52,7 @@ class IndexerTraining:
         spec, device, plan = network.spec, network.embedding.device, config.indexer
         self.network = network
         self.config = config
-        self.stage = StageConfig("indexer", plan.length, plan.tokens, 1.0, None, plan.records, 0.0, True)
+        self.stage = StageConfig("indexer", plan.length, plan.tokens, 1.0, None, plan.records, 0.0, 1.0, True)
         self.inputs = Inputs.empty(plan.tokens, device)
         self.packing = Packing(
             plan.tokens, spec.compress_ratios, window_tokens=spec.window_tokens, device=device

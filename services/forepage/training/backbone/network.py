@@ -32,6 +32,7 @@ class Inputs:
     targets: Tensor  # i64 [n]: the next token
     weights: Tensor  # f32 [n]: of each target in the loss
     kinds: Tensor  # i64 [n]: which task a target of weight 1 belongs to, 0 elsewhere
+    decisive: Tensor  # bool [n]: targets that only the right part of the context gives
     positions: Tensor  # i64 [n]
     flattening: Tensor  # f32 [n]
     fp8_share: Tensor  # f32 scalar
@@ -48,6 +49,7 @@ class Inputs:
             targets=zeros(torch.int64),
             weights=zeros(torch.float32),
             kinds=zeros(torch.int64),
+            decisive=zeros(torch.bool),
             positions=zeros(torch.int64),
             flattening=torch.ones(num_tokens, device=device),
             fp8_share=torch.zeros((), device=device),

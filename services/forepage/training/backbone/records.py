@@ -48,6 +48,7 @@ def record_document(draw: np.random.Generator, length: int, kind: int) -> Docume
     tokens = _noise(draw, length)
     kinds = np.full(length, REST, np.uint8)
     questions = np.full(length, NO_QUESTION, np.int32)
+    decisive = np.zeros(length, np.bool_)
     table = _Records(draw, stored, width)
     for slot in range(stored):
         table.write(tokens, slot * width, slot)
@@ -64,7 +65,8 @@ def record_document(draw: np.random.Generator, length: int, kind: int) -> Docume
             continue
         kinds[answer] = kind
         questions[answer] = slot
-    return Document(tokens, kinds, questions)
+        decisive[answer.start : answer.start + MIN_VALUE] = True
+    return Document(tokens, kinds, questions, decisive)
 
 
 class _Records:

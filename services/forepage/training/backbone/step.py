@@ -26,7 +26,7 @@ class Reading:
     answer_loss: float
     gradient_norm: float
     imbalance: float  # of the busiest expert: its share over an even one, worst layer
-    accuracy: dict[str, float]  # of answers' tokens, by kind
+    accuracy: dict[str, float]  # of answers' decisive tokens, by kind
     steps: int
 
 
@@ -102,7 +102,7 @@ class TrainingStep:
             one = torch.ones_like(norm)
             self._sums += torch.stack((loss.detach(), answer_loss, norm, busiest, one))
             counted = torch.stack((right.float(), torch.ones_like(losses)), dim=1)
-            self._answers.index_add_(0, inputs.kinds, counted)
+            self._answers.index_add_(0, inputs.kinds * inputs.decisive, counted)
 
     def _balance(self, loads: list[Tensor]) -> None:
         """Move each expert's selection bias against its load, as the release was trained (no loss term)."""
