@@ -72,6 +72,9 @@ class IndexerConfig:
     records: float
     clip: float
     minutes: float
+    cut: float  # share of a token's attention above which an entry is something that was looked up
+    floor: float  # weight of all other entries together
+    flatness: float  # exponent of their shares: 0 is flat, 1 as attended
 
 
 @dataclass(frozen=True)

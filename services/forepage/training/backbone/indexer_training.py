@@ -1,8 +1,10 @@
 """The Lightning Indexers' dense warm-up: the backbone frozen, each learns where its layer's attention goes.
 
-For some tokens of a batch, half of them within answers, the target is the attention mass of every closed
-entry, summed over heads; the loss is the KL divergence of the indexer's softmax from it, weighted by the mass
-that lies on entries at all. Source: DeepSeek-V3.2's indexer training, first stage.
+For some tokens of a batch, half of them within answers, the target is made of the attention mass of every
+closed entry, averaged over heads; the loss is the KL divergence of the indexer's softmax from it. What holds
+more than `cut` of the attention counts in proportion; the rest together weighs `floor`, nearly flat but in
+order: so the top k still takes the best of it, and the softmax names as evidence only what a token looked up.
+Source: DeepSeek-V3.2's indexer training, first stage; the flat part is ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forepage.kv.evidence import EVIDENCE_PROBABILITY
 from forepage.kv.geometry import C4_RATIO
 from forepage.training.backbone.batch_stream import BatchStream, Feeder
 from forepage.training.backbone.batches import Batch
-from forepage.training.backbone.config import StageConfig, TrainingConfig
+from forepage.training.backbone.config import IndexerConfig, StageConfig, TrainingConfig
 from forepage.training.backbone.journal import Journal
 from forepage.training.backbone.network import Backbone, Inputs, Layer
 from forepage.training.backbone.optimizer import INDEXER, Optimizer
@@ -24,6 +27,7 @@ from forepage.training.backbone.rows import LayerRows
 
 VOID = -1e30
 EPS = 1e-9
+FLAT_EPS = 1e-5
 READ_EVERY_S = 5.0
 BATCH_STREAM = 1000
 """Stage number of its batches: none that the curriculum has drawn."""
@@ -43,6 +47,7 @@ class Fit:
 
     loss: Tensor
     kept: Tensor  # of the mass of the best k entries, the share that the indexer's best k hold
+    evidence: Tensor  # entries that alone hold EVIDENCE_PROBABILITY of the softmax over the best k, a token
 
 
 class IndexerTraining:
@@ -154,11 +159,15 @@ class IndexerTraining:
         scores = indexer.scores(
             x[places], latent, indexer.keys(x, rows), (rows.cos[places], rows.sin[places])
         ).masked_fill(~sample.closed, VOID)
-        total = mass.sum(1)
-        target = mass / (total.unsqueeze(1) + EPS)
+        plan = self.config.indexer
+        wanted = wanted_mass(mass / query.shape[1], sample.closed, plan)
+        total = wanted.sum(1)
+        target = wanted / (total.unsqueeze(1) + EPS)
         divergence = (target * ((target + EPS).log() - torch.log_softmax(scores, dim=1))).sum(1)
         return Fit(
-            (divergence * total).sum() / (total.sum() + EPS), kept_mass(mass, scores.detach(), self._topk)
+            (divergence * total).sum() / (total.sum() + EPS),
+            kept_mass(mass, scores.detach(), self._topk),
+            evidence_entries(scores.detach(), self._topk),
         )
 
     @property
@@ -168,8 +177,12 @@ class IndexerTraining:
     def _note(self, journal: Journal, seconds: float, steps: int, fits: list[Fit]) -> None:
         losses = [round(fit.loss.item(), 4) for fit in fits]
         kept = [round(fit.kept.item(), 4) for fit in fits]
+        evidence = [round(fit.evidence.item(), 2) for fit in fits]
         row = {"phase": "indexer", "seconds": seconds, "steps": steps, "kl": losses, "kept": kept}
-        journal.write(row, f"{seconds:6.0f}s indexer step {steps} kl {losses} kept of the best {kept}")
+        journal.write(
+            row | {"evidence": evidence},
+            f"{seconds:6.0f}s indexer step {steps} kl {losses} kept of the best {kept} evidence {evidence}",
+        )
 
 
 def attention_mass(query: Tensor, entries: Tensor, lse: Tensor, closed: Tensor) -> Tensor:
@@ -179,6 +192,20 @@ def attention_mass(query: Tensor, entries: Tensor, lse: Tensor, closed: Tensor) 
         logits = (query[:, head] @ entries.T).float() * query.shape[-1] ** -0.5
         total += torch.exp(logits - lse[:, head, None])
     return total.masked_fill(~closed, 0.0)
+
+
+def wanted_mass(share: Tensor, closed: Tensor, plan: IndexerConfig) -> Tensor:
+    """What the softmax of the scores is to be proportional to: share of attention [R, P] -> f32 [R, P]."""
+    flat = (share + FLAT_EPS).pow(plan.flatness).masked_fill(~closed, 0.0)
+    flat = flat / flat.sum(1, keepdim=True).clamp(min=EPS)
+    return (share - plan.cut).clamp(min=0.0) + plan.floor * flat
+
+
+def evidence_entries(scores: Tensor, count: int) -> Tensor:
+    """How many of a token's best entries alone hold EVIDENCE_PROBABILITY of their softmax, on average."""
+    shares = torch.softmax(scores.topk(count, dim=1).values, dim=1)
+    counts: Tensor = (shares >= EVIDENCE_PROBABILITY).sum(1)
+    return counts.float().mean()
 
 
 def kept_mass(mass: Tensor, scores: Tensor, count: int) -> Tensor:
