@@ -60,11 +60,11 @@ def test_merge_equals_a_dense_ranking(step: Step, topk: int) -> None:
     probabilities = exps / exps.sum() if top else exps
     assert verdict.missed_mass == pytest.approx(probabilities[is_absent].sum(), abs=1e-9)
     assert verdict.recall_at_k == (np.mean(~is_absent) if top else 1.0)
-    assert {block for block, _ in verdict.missing} == {
-        entry // 64 for (entry, _), gone in zip(top, is_absent, strict=True) if gone
-    }
     edge = np.abs(probabilities - 0.01) < 1e-9  # sums in another order may fall on either side
     evidence = probabilities >= 0.01
+    blocks = np.array([entry // 64 for entry, _ in top], dtype=np.int64)
+    missing = {block for block, _ in verdict.missing}
+    assert set(blocks[is_absent & evidence & ~edge]) <= missing <= set(blocks[is_absent & (evidence | edge)])
     assert abs(verdict.num_evidence - evidence.sum()) <= edge.sum()
     assert abs(verdict.num_evidence_resident - (evidence & ~is_absent).sum()) <= edge.sum()
 
@@ -81,7 +81,7 @@ def test_merge_takes_what_the_models_own_top_k_takes(step: Step, topk: int) -> N
     verdict = merge_audit(step.resident, step.absent, topk=topk)
     assert verdict.recall_at_k == (num_resident / len(selected) if selected else 1.0)
     absent_blocks = {entry // 64 for entry in selected & {entry for entry, _ in step.absent}}
-    assert {block for block, _ in verdict.missing} == absent_blocks
+    assert {block for block, _ in verdict.missing} <= absent_blocks
 
 
 @settings(deadline=None)
@@ -108,10 +108,11 @@ def test_verdict_is_consistent(step: Step, topk: int) -> None:
     masses = [mass for _, mass in verdict.missing]
     assert 0 <= verdict.num_evidence_resident <= verdict.num_evidence <= min(topk, 100)
     assert 0 <= verdict.missed_mass <= 1
-    assert sum(masses) == pytest.approx(verdict.missed_mass)
+    assert sum(masses) <= verdict.missed_mass + 1e-9
+    assert all(mass >= 0.01 for mass in masses)
     assert masses == sorted(masses, reverse=True)
     assert len({block for block, _ in verdict.missing}) == len(masses)
-    assert bool(masses) == (verdict.recall_at_k < 1)
+    assert bool(masses) == (verdict.num_evidence_resident < verdict.num_evidence)
 
 
 @settings(deadline=None)

@@ -36,7 +36,8 @@ def test_evidence_is_one_percent_of_the_softmax() -> None:
     just_above, just_below = math.log(0.0102), math.log(0.0098)
     verdict = merge_audit([(0, 0.0)], [(BLOCK, just_above), (2 * BLOCK, just_below)], topk=3)
     assert verdict.num_evidence == 2  # of 1 / 1.02, 0.0102 / 1.02 = 1 % and less than 1 %
-    assert [block for block, _ in verdict.missing] == [1, 2]
+    assert [block for block, _ in verdict.missing] == [1], "what is no evidence is nothing to repair"
+    assert verdict.missed_mass == pytest.approx(0.02 / 1.02), "but it is missed mass"
 
 
 def test_missing_blocks_add_up_their_entries_by_falling_mass() -> None:

@@ -213,7 +213,8 @@ def check_against_a_dense_ranking(scene: Scene) -> None:
     softmax = np.exp(scores.ravel()[top] - scores.max()) if len(top) else np.zeros(0)
     softmax /= softmax.sum() if len(top) else 1.0
     is_absent = np.isin(top // BLOCK_ENTRIES, scene.absent)
-    mass = np.bincount(top // BLOCK_ENTRIES, weights=softmax * is_absent, minlength=len(scene.refs))
+    missed = softmax * is_absent * (softmax >= 0.01)
+    mass = np.bincount(top // BLOCK_ENTRIES, weights=missed, minlength=len(scene.refs))
 
     outcome = scene.ask()
     verdict = outcome.verdict

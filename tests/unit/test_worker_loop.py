@@ -203,6 +203,18 @@ def test_guarded_steps_back_after_clean_intervals() -> None:
         rig.check_baseline()
 
 
+def test_a_repair_never_drives_out_what_was_held() -> None:
+    """Where evidence is missing everywhere the raised budget must not fill with it alone."""
+    with worker_rig() as rig:
+        rig.index.auto = lambda request: plan_reply(request, [1, 3], recall=0.5, missing=[0, 2, 4, 5, 6])
+        running = rig.submit(LONG, mode=GUARDED, max_tokens=200, budget_blocks=2)
+        rig.run_until(lambda: running.sequence.report.escalations == 1)
+        rig.run_until(lambda: running.sequence.lookahead.repair_since is None)
+        assert set(running.sequence.resident.chosen) == {1, 3, 0, 2}
+        rig.run(running)
+        rig.check_baseline()
+
+
 def test_no_room_to_escalate_pauses_and_ends_in_a_typed_error() -> None:
     with worker_rig(escalation_reserve_bytes=0, admission_timeout_s=0.3, first_plan_timeout_ms=60_000) as rig:
         rig.index.auto = lambda request: (

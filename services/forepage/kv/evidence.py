@@ -27,7 +27,7 @@ class AuditVerdict:
     num_evidence_resident: int
     missed_mass: float  # share of the softmax on absent entries, 0..1
     recall_at_k: float  # share of the top-k that was resident; 1 when nothing was visible
-    missing: tuple[tuple[BlockIdx, float], ...]  # absent blocks and their mass, by falling mass
+    missing: tuple[tuple[BlockIdx, float], ...]  # absent blocks with evidence, and its mass, by falling mass
 
     @property
     def evidence_recall(self) -> float | None:
@@ -90,6 +90,7 @@ def _verdict(top: Sequence[_Ranked]) -> AuditVerdict:
         return AuditVerdict(0, 0, missed_mass=0.0, recall_at_k=1.0, missing=())
     exps = [math.exp(one.score - top[0].score) for one in top]  # the maximum is exp(0) = 1: no overflow
     total = math.fsum(exps)
+    missed: list[float] = []
     mass_by_block: dict[BlockIdx, float] = {}
     num_evidence = num_evidence_resident = num_resident = 0
     for exp, one in zip(exps, top, strict=True):
@@ -99,12 +100,14 @@ def _verdict(top: Sequence[_Ranked]) -> AuditVerdict:
         num_evidence_resident += is_evidence and one.is_resident
         num_resident += one.is_resident
         if not one.is_resident:
+            missed.append(probability)
+        if is_evidence and not one.is_resident:
             block = BlockIdx(one.entry // BLOCK_ENTRIES)
             mass_by_block[block] = mass_by_block.get(block, 0.0) + probability
     return AuditVerdict(
         num_evidence=num_evidence,
         num_evidence_resident=num_evidence_resident,
-        missed_mass=min(1.0, math.fsum(mass_by_block.values())),
+        missed_mass=min(1.0, math.fsum(missed)),
         recall_at_k=num_resident / len(top),
         missing=tuple(sorted(mass_by_block.items(), key=lambda item: (-item[1], item[0]))),
     )

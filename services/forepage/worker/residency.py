@@ -5,7 +5,7 @@ freed in the commit, which runs between two steps, after the last step that coul
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from forepage.errors import DependencyError
 from forepage.kv.ids import BlockIdx
@@ -20,6 +20,8 @@ from forepage.worker.sequence import Sequence
 
 REPAIR_SCORE = 2.0
 """Above every probability: what an audit found missing is kept before what was predicted."""
+REPAIR_SHARE = 0.5
+"""Of the raised budget, at most: the rest is what it was, so a repair never drives out what was held."""
 
 
 class Residency:
@@ -45,7 +47,7 @@ class Residency:
         state.desired = None
         state.repair_due = state.rebalance_due = False
         change = plan_residency(
-            [*desired, *((idx, REPAIR_SCORE + mass) for idx, mass in state.repair.items())],
+            [*desired, *_repairs(state.repair, int(sequence.guard.budget_blocks * REPAIR_SHARE))],
             current,
             always_resident_from=BlockIdx(pinned_from),
             budget_blocks=sequence.guard.budget_blocks,
@@ -265,3 +267,9 @@ class Residency:
             resident_blocks=sequence.resident.num_resident,
         )
         question.span.end()
+
+
+def _repairs(mass_by_block: Mapping[BlockIdx, float], count: int) -> Iterator[tuple[BlockIdx, float]]:
+    """The blocks that lacked most evidence, with scores above any prediction's."""
+    for idx in sorted(mass_by_block, key=lambda idx: (-mass_by_block[idx], idx))[:count]:
+        yield idx, REPAIR_SCORE + mass_by_block[idx]
