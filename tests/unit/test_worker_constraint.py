@@ -50,15 +50,15 @@ def test_text_is_json_of_the_schema() -> None:
 
 
 def test_thinking_is_free_until_its_end() -> None:
-    """The first mask comes only after the token that ends the thinking."""
+    """Anything but the end may be thought, until the token that ends the thinking."""
     constraint = GRAMMAR.constraint_of(request("{}", free_until_token_id=END_OF_THINKING))
     assert constraint is not None
-    for token in b"hm":
-        assert constraint.mask() is None
+    for token in (*b"hm", END_OF_THINKING):
+        mask = constraint.mask()
+        assert mask[token // 8] >> (token % 8) & 1
+        assert not mask[EOS // 8] >> (EOS % 8) & 1, "an answer that ends in its thinking is no JSON"
         constraint.take(token)
-    constraint.take(END_OF_THINKING)
     mask = constraint.mask()
-    assert mask is not None
     assert mask[ord("{") // 8] >> (ord("{") % 8) & 1
     assert not mask[ord("h") // 8] >> (ord("h") % 8) & 1
 
