@@ -63,6 +63,23 @@ def test_thinking_is_free_until_its_end() -> None:
     assert not mask[ord("h") // 8] >> (ord("h") % 8) & 1
 
 
+def test_json_is_laid_out_but_spaces_do_not_go_on_for_ever() -> None:
+    for indent in (4, 0, None):
+        constraint = GRAMMAR.constraint_of(request("{}"))
+        assert constraint is not None
+        for byte in json.dumps({"a": [1, {"b": None}]}, indent=indent).encode():
+            mask = constraint.mask()
+            assert mask[byte // 8] >> (byte % 8) & 1, (indent, chr(byte))
+            constraint.take(byte)
+    constraint = GRAMMAR.constraint_of(request("{}"))
+    assert constraint is not None
+    constraint.take(ord("{"))
+    for _ in range(64):
+        constraint.take(ord(" "))
+    assert not constraint.is_broken
+    assert not constraint.mask()[ord(" ") // 8] >> (ord(" ") % 8) & 1
+
+
 @pytest.mark.parametrize("schema", ["{", '{"type": "wizard"}', '"' + "x" * (1 << 18) + '"'])
 def test_a_schema_that_cannot_be_used_is_refused_by_field(schema: str) -> None:
     with pytest.raises(RequestError) as refused:

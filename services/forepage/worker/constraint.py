@@ -18,6 +18,8 @@ from forepage.worker.request import Request
 
 MAX_SCHEMA_CHARS = 1 << 18
 FORMAT_FIELD, TOOLS_FIELD = "response_format", "tools"
+SPACING = {"x-guidance": {"whitespace_pattern": r"[ \n\r\t]{0,64}"}}
+"""Room to lay JSON out, but not to go on with spaces for ever; a schema may say otherwise for itself."""
 MASK_BITS = 32
 """Masks come in words of so many tokens."""
 
@@ -124,7 +126,7 @@ def _schema(text: str) -> dict[str, Any]:
         raise RequestError(f"the schema can't be used: {error}", FORMAT_FIELD) from error
     if not isinstance(schema, dict):
         raise RequestError("the schema can't be used: a JSON object is needed", FORMAT_FIELD)
-    return schema
+    return SPACING | schema
 
 
 def _json_grammar(schema: dict[str, Any]) -> str:
