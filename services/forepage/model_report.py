@@ -246,7 +246,8 @@ def _gpu_table(
     if ranks is None:
         return _table(f"Sequences on a GPU of {_size(gpu_bytes)}: none, weights {form} don't fit", "")
     free = gpu_bytes - by_ranks[ranks]
-    title = f"Sequences in {_size(free)}: a GPU of {_size(gpu_bytes)}, {ranks} ranks, weights {form}"
+    split = "one rank" if ranks == 1 else f"{ranks} ranks"
+    title = f"Sequences in {_size(free)}: a GPU of {_size(gpu_bytes)}, {split}, weights {form}"
     table = _table(title, "keys", "mode", *CONTEXTS)
     table.columns[1].justify = "left"
     for key_format in report.geometries:
