@@ -284,6 +284,7 @@ async def test_calls_cut_by_a_stop_token_are_no_valid_json(
     reply = await gateway.client.post(PATH, json=chat(tools=[TOOL], stop_token_ids=[ord("Z")]))
     (choice,) = reply.json()["choices"]
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Pa\\"'
+    assert choice["finish_reason"] == "stop"
     assert list(worker.requests[0].sampling.stop_token_ids) == [ord("Z"), 257]
 
 

@@ -127,7 +127,7 @@ class Generation:
     @property
     def finish_reason(self) -> FinishReason:
         """OpenAI's: why it ended."""
-        if self._detokenizer.stopped:
+        if self._detokenizer.stopped or self._detokenizer.saw_stop_token:
             return "stop"
         if self._finished is not None and self._finished.reason == pb.FinishReason.FINISH_REASON_LENGTH:
             return "length"
