@@ -8,7 +8,8 @@ import pytest
 
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import BUNDLED_MODEL
-from forepage.text.tokenizer import TOKENIZER_FILE, ControlToken
+from forepage.text.control_tokens import ControlToken
+from forepage.text.tokenizer import TOKENIZER_FILE
 from forepage.text.wording import Wording
 from rigs.fake_worker import StartWorker, answer_ids, saying
 from rigs.gateways import OpenGateway, chat, events_of, until

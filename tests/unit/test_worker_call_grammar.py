@@ -12,9 +12,10 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import BUNDLED_MODEL, WorkerSettings
 from forepage.text.answer_parser import AnswerParser, ArgumentsDelta, CallDelta, ContentDelta
 from forepage.text.chat import _merged, encode_parts
+from forepage.text.control_tokens import ControlToken
 from forepage.text.dsml import BEFORE_CALLS, call_parts
 from forepage.text.messages import ThinkingMode, ToolCall
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from forepage.worker.constraint import Constraint, GrammarTokenizer
 from forepage.worker.request import Request
 from rigs.v4_tokenizer import v4_folder

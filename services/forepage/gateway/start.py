@@ -23,9 +23,10 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import GatewaySettings
 from forepage.telemetry import MetricName, Telemetry
 from forepage.text.chat import chat_parts, encode_parts, missing_token
+from forepage.text.control_tokens import ControlToken
 from forepage.text.dsml import Part, to_json
 from forepage.text.messages import ThinkingMode
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 
 MAX_WORKERS_TRIED = 2
