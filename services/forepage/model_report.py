@@ -17,11 +17,13 @@ from forepage.errors import ModelFormatError
 from forepage.kv.geometry import MXFP4_GROUP, KeyFormat, KvFormat, KvGeometry
 from forepage.model.checkpoint import Checkpoint, weight_files
 from forepage.model.footprint import SequenceFootprint, held_bytes, kv_cost, rank_bytes, sequence_footprint
-from forepage.model.spec import ModelSpec, read_config
+from forepage.model.spec import MEMORY_INDEXER_CONFIG, ModelSpec, read_config
 from forepage.model.stored_form import StoredTensor, announced_tensors
 from forepage.model.tensor_parallel import can_split
 from forepage.model.weight_table import MTP_PREFIX
-from forepage.settings import ResidencyMode, WeightDtype, WorkerSettings
+from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtype, WorkerSettings
+from forepage.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from forepage.text.wording import FORMAT_FILE, MAX_EFFORT_FILE, TOOLS_FILE
 
 LEAST_WIDTH = 140
 CONTEXTS = {"64K": 1 << 16, "256K": 1 << 18, "512K": 1 << 19, "1M": 1 << 20}
@@ -44,6 +46,7 @@ _GROUPS = (
 )
 """What a name holds -> its row, the first that fits."""
 _DRAFT = _GROUPS[0][1]
+WORDED = (TOOLS_FILE, FORMAT_FILE, MAX_EFFORT_FILE)
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,11 @@ class ModelReport:
             )
 
 
-def print_report(report: ModelReport, settings: WorkerSettings, budget: Budget, ranks: int | None) -> None:
+def print_report(report: ModelReport, settings: Settings, budget: Budget, ranks: int | None) -> None:
     """Every table to stdout, ruled on a terminal and plain elsewhere.
 
-    Raises: ModelFormatError for a number of ranks that the model can't be split into.
+    Raises: ModelFormatError for a number of ranks that the model can't be split into, or a tokenizer that
+    can't be read.
     """
     terminal = Console()
     console = Console(highlight=False, width=max(terminal.width, LEAST_WIDTH))  # numbers are never cut
@@ -119,15 +123,20 @@ def print_report(report: ModelReport, settings: WorkerSettings, budget: Budget, 
     if ranks is not None and ranks not in allowed:
         listed = ", ".join(map(str, allowed))
         raise ModelFormatError(f"{report.folder}: can't be split into {ranks} ranks, only {listed}")
+    beside = companions(report.folder, report.spec, settings.model)
     console.print(_headline(report), soft_wrap=True)
-    for table in _tables(report, settings, budget, ranks):
+    for table in _tables(report, settings.worker, budget, ranks):
         title, table.title = table.title, None  # as a table's title it would be wrapped to the table
         table.box = box.SIMPLE_HEAD if console.is_terminal else None
         console.print()
         console.print(title, style="bold", soft_wrap=True)
         console.print(table)
     console.print()
-    console.print(_fine_print(settings), soft_wrap=True)
+    console.print("Beside the weights", style="bold", soft_wrap=True)
+    for line in beside:
+        console.print(line, soft_wrap=True)
+    console.print()
+    console.print(_fine_print(settings.worker), soft_wrap=True)
 
 
 def _headline(report: ModelReport) -> str:
@@ -149,6 +158,31 @@ def _tables(
     yield from (_cost_table(key, geometry) for key, geometry in report.geometries.items())
     yield from (_gpu_table(report, settings, budget.gpu_bytes, form, ranks) for form in report.weights)
     yield _host_table(report, settings, budget.host_bytes)
+
+
+def companions(folder: Path, spec: ModelSpec, settings: ModelSettings) -> list[str]:
+    """What serving needs beside the weights, a line each: found, or what happens without it."""
+    if (folder / TOKENIZER_FILE).exists():
+        size = Tokenizer.load(folder).vocab_size
+        tokenizer = f"{size:,} tokens" + (
+            "" if size <= spec.vocab_size else f", the model {spec.vocab_size:,}"
+        )
+    else:
+        tokenizer = "none: neither gateway nor worker start"
+    if settings.memory_indexer is not None:
+        is_there = "" if settings.memory_indexer.exists() else ", which is not there"
+        indexer = f"{settings.memory_indexer} (FOREPAGE_MODEL__MEMORY_INDEXER){is_there}"
+    elif (folder / MEMORY_INDEXER_CONFIG).exists():
+        indexer = "in the folder"
+    else:
+        indexer = "none: name its file in FOREPAGE_MODEL__MEMORY_INDEXER, else neither index nor worker start"
+    ours = {
+        name: "in the folder" if (folder / name).exists() else "none: a wording of ours" for name in WORDED
+    }
+    if not (folder / MAX_EFFORT_FILE).exists():
+        ours[MAX_EFFORT_FILE] = "none: reasoning_effort max is refused"
+    found = {TOKENIZER_FILE: tokenizer, "memory indexer": indexer} | ours
+    return [f"{what}: {state}" for what, state in found.items()]
 
 
 def _weights_table(stored: Mapping[str, StoredTensor]) -> Table:
@@ -212,7 +246,8 @@ def _gpu_table(
     if ranks is None:
         return _table(f"Sequences on a GPU of {_size(gpu_bytes)}: none, weights {form} don't fit", "")
     free = gpu_bytes - by_ranks[ranks]
-    title = f"Sequences in {_size(free)}: a GPU of {_size(gpu_bytes)}, {ranks} ranks, weights {form}"
+    split = "one rank" if ranks == 1 else f"{ranks} ranks"
+    title = f"Sequences in {_size(free)}: a GPU of {_size(gpu_bytes)}, {split}, weights {form}"
     table = _table(title, "keys", "mode", *CONTEXTS)
     table.columns[1].justify = "left"
     for key_format in report.geometries:

@@ -1,9 +1,12 @@
-"""What an answer can be asked to be: JSON, penalised, with log-probabilities, several of them."""
+"""What an answer can be asked to be: JSON, a call, penalised, with log-probabilities, several of them."""
 
 import json
 import math
+from typing import Any
 
-from openai import OpenAI
+import pytest
+from openai import BadRequestError, OpenAI
+from openai.types.chat import ChatCompletion, ChatCompletionToolParam
 
 from rigs.traced import Traced
 
@@ -37,6 +40,54 @@ def test_a_json_answer_keeps_to_its_schema(traced: Traced) -> None:
     value = json.loads(answer.choices[0].message.content or "")
     assert value["answer"] in ("yes", "no")
     assert 0 <= value["count"] <= 9
+
+
+GAUGE: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {"name": "gauge", "description": "reads a gauge", "parameters": SCHEMA},
+}
+
+
+def read_call(answer: ChatCompletion) -> dict[str, Any]:
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "gauge"
+    arguments: dict[str, Any] = json.loads(call.function.arguments)
+    return arguments
+
+
+def test_a_forced_call_comes_and_its_arguments_fit(traced: Traced) -> None:
+    with client(traced) as openai:
+        answer = openai.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Well?"}],
+            max_tokens=400,
+            seed=5,
+            tools=[GAUGE],
+            tool_choice={"type": "function", "function": {"name": "gauge"}},
+        )
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert answer.choices[0].message.content is None
+    arguments = read_call(answer)
+    assert arguments["answer"] in ("yes", "no")
+    assert 0 <= arguments["count"] <= 9
+    assert answer.usage is not None
+    assert (answer.usage.model_extra or {})["forepage"] is not None
+
+
+def test_a_tool_whose_schema_is_none_is_refused(traced: Traced) -> None:
+    broken: ChatCompletionToolParam = {
+        "type": "function",
+        "function": {"name": "gauge", "parameters": {"properties": {"a": {"type": "wizard"}}}},
+    }
+    with client(traced) as openai, pytest.raises(BadRequestError) as refused:
+        openai.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Well?"}],
+            tools=[broken],
+            tool_choice="required",
+        )
+    assert refused.value.param == "tools"
 
 
 def test_logprobs_are_those_of_the_tokens(traced: Traced) -> None:

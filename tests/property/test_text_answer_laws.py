@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forepage.settings import BUNDLED_MODEL
+from forepage.text.control_tokens import ControlToken
 from forepage.text.detokenizer import Detokenizer
 from forepage.text.dsml import BEFORE_CALLS, call_parts
 from forepage.text.messages import ToolCall
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from rigs.answers import Gathered, parsed
 
 # ruff: noqa: RUF001

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forepage.settings import BUNDLED_MODEL
+from forepage.text.control_tokens import ControlToken
 from forepage.text.detokenizer import Detokenizer, StopMatcher
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(BUNDLED_MODEL)
 ENCODABLE = st.text(st.characters(exclude_categories=["Cs"]))

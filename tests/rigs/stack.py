@@ -74,6 +74,14 @@ class Stack:
         self._processes[role].kill()
         self._processes[role].wait()
 
+    def process_id(self, role: str) -> int:
+        """Of one process."""
+        return self._processes[role].pid
+
+    def has_ended(self, role: str) -> bool:
+        """Whether one process has ended."""
+        return self._processes[role].poll() is not None
+
     def stop(self) -> None:
         """SIGTERM in the order of `forepage up`; everything must go by itself."""
         stuck = []

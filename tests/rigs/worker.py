@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from forepage.errors import CapacityError, DependencyError, ForepageError
 from forepage.kv.geometry import KvGeometry
 from forepage.kv.ids import ArenaId
 from forepage.kv.prefix_hash import PrefixHasher
+from forepage.model.kv_pools import NAN_BYTE, KvPools
 from forepage.model.rank_group import RankGroup
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
@@ -331,10 +332,9 @@ def worker_rig(
 
 
 def _poisoned(rank: RankDevice) -> RankDevice:
-    """A byte nobody wrote must never be read as a row: 0xFF is NaN in fp8, bf16 and fp32 alike."""
-    pools = rank.memory.pools
-    for pool in (pools.rows, pools.keys, pools.c128):
-        pool.fill_(0xFF)
+    """What nobody wrote must never be read: every byte is NaN, and the same on every rank."""
+    for item in fields(KvPools):
+        getattr(rank.memory.pools, item.name).view(torch.uint8).fill_(NAN_BYTE)
     return rank
 
 

@@ -20,6 +20,7 @@ from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import prefill_quota, steady_quota
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
 from rigs.parity import MIXED
+from rigs.v4_tokenizer import v4_folder
 
 FLASH: dict[str, object] = {
     **MIXED,
@@ -224,6 +225,27 @@ def test_check_of_the_bundled_model_works() -> None:
     code, lines = check(str(BUNDLED_MODEL))
     assert code == 0
     assert row(lines, "loaded")[0] == "275"
+    assert "tokenizer.json: 320 tokens" in lines
+    assert "memory indexer: in the folder" in lines
+
+
+def test_check_says_what_a_published_folder_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_folder(tmp_path, SMALL)
+    lines = check(str(tmp_path))[1]
+    assert "tokenizer.json: none: neither gateway nor worker start" in lines
+    assert any(line.startswith("memory indexer: none: name its file in FOREPAGE_MODEL__") for line in lines)
+    assert "reasoning_effort_max.txt: none: reasoning_effort max is refused" in lines
+    (tmp_path / "reasoning_effort_max.txt").write_text("Try hard.")
+    (tmp_path / "tokenizer.json").write_bytes((v4_folder() / "tokenizer.json").read_bytes())
+    monkeypatch.setenv("FOREPAGE_MODEL__MEMORY_INDEXER", "/models/indexer.pt")
+    lines = check(str(tmp_path))[1]
+    assert "tokenizer.json: 129,280 tokens, the model 300" in lines
+    assert "memory indexer: /models/indexer.pt (FOREPAGE_MODEL__MEMORY_INDEXER), which is not there" in lines
+    assert "reasoning_effort_max.txt: in the folder" in lines
+    (tmp_path / "tokenizer.json").write_text("{")
+    code, [line] = check(str(tmp_path))
+    assert code == 1
+    assert str(tmp_path / "tokenizer.json") in line
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,18 @@ FAULTS = [
         ("tid2eid has dtype F32, not one of I64",),
     ),
     Fault(
+        "expert too many",
+        put("layers.0.ffn.gate.tid2eid", torch.full((300, 2), 99)),
+        ("layers.0.ffn.gate.tid2eid names expert 99, the model has",),
+        file=FIRST,
+    ),
+    Fault(
+        "negative expert",
+        put("layers.0.ffn.gate.tid2eid", torch.full((300, 2), -1)),
+        ("layers.0.ffn.gate.tid2eid names expert -1",),
+        file=FIRST,
+    ),
+    Fault(
         "layer too many",
         put("layers.2.attn_norm.weight", torch.zeros(128)),
         ("unexpected tensor layers.2.attn_norm.weight",),

@@ -82,6 +82,7 @@ async def test_every_field_reaches_the_worker(start_worker: StartWorker, open_ga
         "min_p": 0.25,
         "seed": -1,
         "ignore_eos": True,
+        "stop_token_ids": [7, 9],
         "max_tokens": 9,
         "max_completion_tokens": 5,
         "cache_salt": "tenant",
@@ -91,7 +92,7 @@ async def test_every_field_reaches_the_worker(start_worker: StartWorker, open_ga
     assert (await gateway.client.post("/v1/chat/completions", json=chat(**fields))).status_code == 200
     asked = worker.requests[0]
     assert asked.sampling == pb.Sampling(
-        temperature=0, top_p=0.5, top_k=7, min_p=0.25, seed=2**64 - 1, max_tokens=5
+        temperature=0, top_p=0.5, top_k=7, min_p=0.25, seed=2**64 - 1, max_tokens=5, stop_token_ids=[7, 9]
     )
     assert asked.residency == pb.Residency(mode="RESIDENCY_MODE_EXACT", min_recall=0.5, budget_blocks=3)
     assert asked.cache_salt == "tenant"

@@ -8,7 +8,8 @@ import pytest
 
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import BUNDLED_MODEL
-from forepage.text.tokenizer import TOKENIZER_FILE, ControlToken
+from forepage.text.control_tokens import ControlToken
+from forepage.text.tokenizer import TOKENIZER_FILE
 from forepage.text.wording import Wording
 from rigs.fake_worker import StartWorker, answer_ids, saying
 from rigs.gateways import OpenGateway, chat, events_of, until
@@ -195,6 +196,97 @@ async def test_without_parallel_calls_the_first_ends_the_answer(
     assert choice["finish_reason"] == "tool_calls"
     assert reply["usage"]["completion_tokens"] < len(answer_ids(CALLS))
     await until(lambda: worker.cancelled == 1)
+
+
+WORDED = '{"type": "object", "properties": {}}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "max_calls"),
+    [
+        ({"tool_choice": "required"}, ["weather", "clock"], 0),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, ["weather", "clock"], 1),
+        ({"tool_choice": {"type": "function", "function": {"name": "clock"}}}, ["clock"], 1),
+        ({"tool_choice": "auto"}, [], 0),
+        ({"tool_choice": "none", "response_format": {"type": "json_object"}}, [], 0),
+        ({"response_format": {"type": "json_object"}}, ["weather", "clock"], 0),
+        ({"response_format": {"type": "text"}}, [], 0),
+    ],
+    ids=str,
+)
+async def test_worker_is_told_which_calls_must_come(
+    start_worker: StartWorker,
+    open_gateway: OpenGateway,
+    fields: dict[str, Any],
+    names: list[str],
+    max_calls: int,
+) -> None:
+    worker = await start_worker(script=saying(CALLS))
+    gateway = await open_gateway(worker)
+    clock = {"type": "function", "function": {"name": "clock"}}
+    body = chat("Q", tools=[TOOL, clock], reasoning_effort="high", **fields)
+    (choice,) = (await gateway.client.post(PATH, json=body)).json()["choices"]
+    asked = worker.requests[0].sampling
+    schemas = {"weather": WORDED, "clock": ""}
+    assert [(tool.name, tool.parameters) for tool in asked.forced_tools] == [
+        (name, schemas[name]) for name in names
+    ]
+    assert asked.max_calls == max_calls
+    assert asked.HasField("json_schema") == (fields.get("response_format") == {"type": "json_object"})
+    assert asked.HasField("free_until_token_id") == bool(names or asked.HasField("json_schema"))
+    tools_shown = Wording.load(BUNDLED_MODEL).tools.split("\n")[0] in shown(worker.requests[0])
+    assert tools_shown == (fields.get("tool_choice") != "none")
+    assert (choice["finish_reason"] == "tool_calls") == tools_shown
+
+
+async def test_forced_calls_bind_where_json_is_asked_too(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    worker = await start_worker(script=saying(CALLS))
+    gateway = await open_gateway(worker)
+    body = chat(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"})
+    await gateway.client.post(PATH, json=body)
+    assert not worker.requests[0].sampling.HasField("json_schema")
+    assert [tool.name for tool in worker.requests[0].sampling.forced_tools] == ["weather"]
+
+
+async def test_an_answer_that_the_worker_ends_keeps_its_report(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    """One forced call: the worker counts, so the gateway has nothing to cut."""
+    one = CALLS[: CALLS.index('<｜DSML｜invoke name="clock">')] + "</｜DSML｜tool_calls>"
+    gateway = await open_gateway(await start_worker(script=saying(one)))
+    named = {"type": "function", "function": {"name": "weather"}}
+    reply = (await gateway.client.post(PATH, json=chat(tools=[TOOL], tool_choice=named))).json()
+    assert reply["choices"][0]["finish_reason"] == "tool_calls"
+    assert reply["usage"]["forepage"]["mode_final"] == "exact"
+
+
+async def test_an_answer_to_a_task_is_constrained_from_its_start(
+    start_worker: StartWorker, open_gateway: OpenGateway, tmp_path: Path
+) -> None:
+    """It holds no reasoning, so nothing of it is free."""
+    (tmp_path / TOKENIZER_FILE).symlink_to(v4_folder() / TOKENIZER_FILE)
+    worker = await start_worker()
+    gateway = await open_gateway(worker, folder=tmp_path)
+    asked = [{"role": "user", "content": "Q", "task": "query"}]
+    body = chat(messages=asked, reasoning_effort="high", response_format={"type": "json_object"})
+    assert (await gateway.client.post(PATH, json=body)).status_code == 200
+    assert worker.requests[0].sampling.HasField("json_schema")
+    assert not worker.requests[0].sampling.HasField("free_until_token_id")
+
+
+async def test_calls_cut_by_a_stop_token_are_no_valid_json(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    cut = CALLS[: CALLS.index("ris")] + "Z"
+    worker = await start_worker(script=saying(cut))
+    gateway = await open_gateway(worker)
+    reply = await gateway.client.post(PATH, json=chat(tools=[TOOL], stop_token_ids=[ord("Z")]))
+    (choice,) = reply.json()["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Pa\\"'
+    assert choice["finish_reason"] == "stop"
+    assert list(worker.requests[0].sampling.stop_token_ids) == [ord("Z"), 257]
 
 
 async def test_calls_cut_by_length_are_no_valid_json(

@@ -230,6 +230,9 @@ def test_config_errors_name_the_field(tmp_path: Path, changes: dict[str, object]
 
 
 def test_config_that_is_absent_or_no_object_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match=r"memory_indexer\.json: no .* FOREPAGE_MODEL__MEMORY_INDEXER"):
+        read_indexer_config(tmp_path, SPEC)
+    (tmp_path / "memory_indexer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelFormatError, match=r"memory_indexer\.json: can't read"):
         read_indexer_config(tmp_path, SPEC)
     (tmp_path / "memory_indexer.json").write_text("[]", encoding="utf-8")

@@ -1,6 +1,6 @@
 """A model split over ranks says what it says on one: over every layer type, both routings, paged or not."""
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KvFormat, KvGeometry
-from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
-from forepage.model.moe import DENSE_EXPERTS
+from forepage.model.kv_pools import KvPools, PrefillChunk
 from forepage.model.rank_group import ALONE, RankGroup, RankLostError
 from forepage.model.spec import ModelSpec
 from forepage.model.tensor_parallel import check_split, rank_spans
@@ -18,77 +17,14 @@ from forepage.model.transformer import Transformer
 from forepage.model.weight_table import weight_table
 from forepage.model.weights import load_or_seed, seeded_weights
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import ATOL, MIXED, SEED, Sequences, Subject, TieBreaker, decode_from, prefill
+from rigs.parity import ATOL, MIXED, SEED, Sequences, Subject, TieBreaker
+from rigs.parity_ranks import CASES, FOUR_WAYS, NUM_TOKENS, Case, rank_differences, split_model, text
 from rigs.ranks import CPU, on_ranks
-
-NUM_TOKENS = 400
-FOUR_WAYS = MIXED | {"o_groups": 4}
-MANY_EXPERTS = FOUR_WAYS | {"n_routed_experts": 2 * DENSE_EXPERTS, "num_experts_per_tok": 3}
-"""More than run densely: tokens are sorted by expert, and a rank has only some of the experts."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A config, how many entries its indexers take, and over how many ranks it is split."""
-
-    id: str
-    config: dict[str, object]
-    index_topk: int
-    num_ranks: int
-    chunks: tuple[int, ...] = (NUM_TOKENS, 64, 100)
-
-    @property
-    def full_config(self) -> dict[str, object]:
-        return self.config | {"index_topk": self.index_topk}
-
-
-CASES = [
-    Case("two ranks", MIXED, 256, 2, chunks=(NUM_TOKENS, 7, 64, 100)),
-    Case("two ranks, top 32", MIXED, 32, 2),
-    Case("four ranks", FOUR_WAYS, 256, 4),
-    Case("four ranks, sorted experts", MANY_EXPERTS, 256, 4),
-]
-
-
-def split_model(case: Case, ranks: RankGroup, *, kv: KvFormat = KvFormat.FP32) -> Transformer:
-    """One rank's model."""
-    spec = ModelSpec.from_config(case.full_config)
-    weights = seeded_weights(
-        spec, SEED, dtype=torch.float32, device=CPU, rank=ranks.rank, num_ranks=ranks.num_ranks
-    )
-    geometry = KvGeometry.from_config(case.full_config, kv)
-    return Transformer(spec, geometry, weights, CPU, target_layers=(2,), ranks=ranks)
-
-
-def text(case: Case) -> Tensor:
-    """Random tokens, the same each time."""
-    vocab = ModelSpec.from_config(case.full_config).vocab_size
-    return torch.randint(vocab, (NUM_TOKENS,), generator=torch.Generator().manual_seed(SEED))
-
-
-def whole_text_logits(case: Case) -> Tensor:
-    """What one rank says at every position, prefilled at once."""
-    model, tokens = split_model(case, ALONE), text(case)
-    blocks = model.geometry.num_blocks(NUM_TOKENS)
-    pools = KvPools.poisoned(model.geometry, PoolCapacity(1, blocks, blocks, blocks), CPU)
-    table = torch.arange(blocks, dtype=torch.int32)
-    chunk = PrefillChunk(0, 0, table, table, table)
-    with torch.inference_mode():
-        return model.prefill(tokens, chunk, pools, all_logits=True).logits
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_split_model_says_what_one_rank_says(case: Case) -> None:
-    expected, tokens = whole_text_logits(case), text(case)
-
-    def worst(ranks: RankGroup) -> dict[str, float]:
-        subject = Subject(split_model(case, ranks), tokens, expected, [], TieBreaker([]))
-        how = {f"chunks of {n}": prefill(subject, chunk=n) for n in case.chunks}
-        how["decode"] = decode_from(subject, prompts=(1, 127, 255, 390), steps=6, paged=False)
-        how["paged"] = decode_from(subject, prompts=(300, 390), steps=6, paged=True)
-        return how
-
-    for rank, differences in enumerate(on_ranks(case.num_ranks, worst)):
+    for rank, differences in enumerate(rank_differences(case)):
         assert {how: diff for how, diff in differences.items() if not diff <= ATOL} == {}, rank
 
 

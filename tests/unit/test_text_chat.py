@@ -8,8 +8,9 @@ import pytest
 from forepage.errors import ModelFormatError, RequestError
 from forepage.settings import BUNDLED_MODEL
 from forepage.text.chat import chat_parts, encode_parts, missing_token
+from forepage.text.control_tokens import ControlToken
 from forepage.text.messages import ChatMessage, Conversation, Effort, Role, Task, ThinkingMode, ToolCall
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 from rigs.v4_tokenizer import v4_oracle, v4_tokenizer
 

@@ -44,6 +44,12 @@ def test_tokens_behind_the_stop_do_not_count(tokenizer: Tokenizer) -> None:
     assert detokenizer.num_tokens == 2
 
 
+def test_stop_token_counts_but_has_no_text(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, stop_tokens=[ord("b")])
+    assert detokenizer.feed(b"ab") == "a"
+    assert (detokenizer.num_tokens, detokenizer.saw_stop_token, detokenizer.stopped) == (2, True, False)
+
+
 def test_held_text_is_shown_at_the_end(tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(tokenizer, ["xyz"])
     assert detokenizer.feed(b"wxy") == "w"

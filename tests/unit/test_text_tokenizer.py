@@ -9,7 +9,8 @@ import tokenizers
 
 from forepage.errors import IntegrityError, ModelFormatError
 from forepage.settings import BUNDLED_MODEL
-from forepage.text.tokenizer import ControlToken, Tokenizer, byte_of_letter
+from forepage.text.control_tokens import ControlToken
+from forepage.text.tokenizer import Tokenizer, byte_of_letter
 
 SPECIAL = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")  # noqa: RUF001
 NAMED = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>")  # noqa: RUF001

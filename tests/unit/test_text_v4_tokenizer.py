@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from forepage.text.control_tokens import ControlToken
 from forepage.text.detokenizer import Detokenizer
-from forepage.text.tokenizer import TOKENIZER_FILE, ControlToken, Tokenizer
+from forepage.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from rigs.v4_tokenizer import SHA256, v4_folder, v4_oracle, v4_sha256, v4_tokenizer
 
 ROOT = Path(__file__).parents[2]

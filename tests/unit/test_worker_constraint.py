@@ -50,17 +50,34 @@ def test_text_is_json_of_the_schema() -> None:
 
 
 def test_thinking_is_free_until_its_end() -> None:
-    """The first mask comes only after the token that ends the thinking."""
+    """Anything but the end may be thought, until the token that ends the thinking."""
     constraint = GRAMMAR.constraint_of(request("{}", free_until_token_id=END_OF_THINKING))
     assert constraint is not None
-    for token in b"hm":
-        assert constraint.mask() is None
+    for token in (*b"hm", END_OF_THINKING):
+        mask = constraint.mask()
+        assert mask[token // 8] >> (token % 8) & 1
+        assert not mask[EOS // 8] >> (EOS % 8) & 1, "an answer that ends in its thinking is no JSON"
         constraint.take(token)
-    constraint.take(END_OF_THINKING)
     mask = constraint.mask()
-    assert mask is not None
     assert mask[ord("{") // 8] >> (ord("{") % 8) & 1
     assert not mask[ord("h") // 8] >> (ord("h") % 8) & 1
+
+
+def test_json_is_laid_out_but_spaces_do_not_go_on_for_ever() -> None:
+    for indent in (4, 0, None):
+        constraint = GRAMMAR.constraint_of(request("{}"))
+        assert constraint is not None
+        for byte in json.dumps({"a": [1, {"b": None}]}, indent=indent).encode():
+            mask = constraint.mask()
+            assert mask[byte // 8] >> (byte % 8) & 1, (indent, chr(byte))
+            constraint.take(byte)
+    constraint = GRAMMAR.constraint_of(request("{}"))
+    assert constraint is not None
+    constraint.take(ord("{"))
+    for _ in range(64):
+        constraint.take(ord(" "))
+    assert not constraint.is_broken
+    assert not constraint.mask()[ord(" ") // 8] >> (ord(" ") % 8) & 1
 
 
 @pytest.mark.parametrize("schema", ["{", '{"type": "wizard"}', '"' + "x" * (1 << 18) + '"'])

@@ -19,9 +19,10 @@ FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """Wider than OpenAI's; nothing in it needs escaping in a tag."""
 
 
-def _free_choice(value: Any) -> Any:
-    if value not in (None, "none", "auto"):
-        raise ValueError("only none and auto are supported yet: which tool is called can't be forced")
+def _known_choice(value: Any) -> Any:
+    by_name = isinstance(value, dict) and value.get("type") == "function"
+    if not by_name and value not in (None, "none", "auto", "required"):
+        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": ...}}')
     return value
 
 
@@ -103,6 +104,19 @@ class ToolFields(Fields):
     function: FunctionFields
 
 
+class NamedFunction(Fields):
+    """Which function."""
+
+    name: str = Field(pattern=FUNCTION_NAME)
+
+
+class NamedTool(Fields):
+    """The one tool that must be called (`tool_choice`)."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatTemplateFields(Fields):
     """Switches of the chat layout (`chat_template_kwargs`); ones that we don't have are refused."""
 
@@ -152,7 +166,9 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, BeforeValidator(_free_choice)] = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | NamedTool | None, BeforeValidator(_known_choice)
+    ] = None
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
     reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: ChatTemplateFields | None = Field(
@@ -182,5 +198,20 @@ class ChatBody(GenerationBody):
 
     @property
     def offered_tools(self) -> list[ToolFields]:
-        """Tools that may be called in this answer."""
+        """Tools that may be called in this answer, and that the model is shown."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def forced_tools(self) -> list[ToolFields]:
+        """Tools of which the answer must be calls; where it may as well be JSON of a schema: either."""
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.offered_tools if tool.function.name == name]
+        is_bound = self.tool_choice == "required" or self.answer_schema is not None
+        return self.offered_tools if is_bound else []
+
+    @property
+    def max_calls(self) -> int | None:
+        """Most calls that are wanted in an answer; None: any number. One that is named is called once."""
+        is_one = isinstance(self.tool_choice, NamedTool) or self.parallel_tool_calls is False
+        return 1 if is_one else None

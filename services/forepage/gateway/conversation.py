@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forepage.errors import RequestError
-from forepage.gateway.chat_schemas import ChatBody, ChatMessageFields, ToolCallFields
+from forepage.gateway.chat_schemas import ChatBody, ChatMessageFields, NamedTool, ToolCallFields
 from forepage.text.messages import ChatMessage, Conversation, Effort, Role, ThinkingMode, ToolCall
 from forepage.text.turns import TEXT_JOINER
 
@@ -27,8 +27,7 @@ def conversation_of(body: ChatBody) -> Conversation:
     _check_calls(messages)
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
-    if body.answer_schema is not None and body.offered_tools:
-        raise RequestError("a JSON answer can't be a tool call: leave out one of the two", "response_format")
+    _check_choice(body)
     switches = body.chat_template_kwargs
     return Conversation(
         messages,
@@ -104,6 +103,14 @@ def _check_calls(messages: Sequence[ChatMessage]) -> None:
             raise RequestError("ids of calls must differ", f"messages[{index}].tool_calls")
     if open_calls:
         raise _unanswered(asked_at)
+
+
+def _check_choice(body: ChatBody) -> None:
+    """What must be called is there."""
+    if isinstance(body.tool_choice, NamedTool) and not body.forced_tools:
+        raise RequestError("no tool has this name", "tool_choice.function.name")
+    if body.tool_choice == "required" and not body.forced_tools:
+        raise RequestError("there are no tools of which one could be called", "tool_choice")
 
 
 def _unanswered(index: int) -> RequestError:

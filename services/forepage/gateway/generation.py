@@ -6,7 +6,7 @@ answer has no residency report, its token counts are the gateway's own.
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.trace import Span
@@ -29,6 +29,7 @@ class Reading:
     """How an answer is read: where it stops, whether it thinks and may call tools, what it is scored by."""
 
     stops: Sequence[str]
+    stop_tokens: Collection[int]
     mode: ThinkingMode
     with_tools: bool
     max_calls: int | None
@@ -50,7 +51,7 @@ class Generation:
         self.request_id = request_id
         self._stream = stream
         self._started = started
-        self._detokenizer = Detokenizer(tokenizer, reading.stops)
+        self._detokenizer = Detokenizer(tokenizer, reading.stops, reading.stop_tokens)
         self._parser = AnswerParser(reading.mode, with_tools=reading.with_tools, max_calls=reading.max_calls)
         num_top = reading.num_top_logprobs
         self._logprobs = None if num_top is None else LogprobReader(tokenizer, num_top)
@@ -120,12 +121,13 @@ class Generation:
     def _is_complete(self) -> bool:
         """Whether the model itself ended it."""
         reason = None if self._finished is None else self._finished.reason
-        return not self._is_cut and reason == pb.FinishReason.FINISH_REASON_STOP
+        is_ended = reason == pb.FinishReason.FINISH_REASON_STOP and not self._detokenizer.saw_stop_token
+        return is_ended and not self._is_cut
 
     @property
     def finish_reason(self) -> FinishReason:
         """OpenAI's: why it ended."""
-        if self._detokenizer.stopped:
+        if self._detokenizer.stopped or self._detokenizer.saw_stop_token:
             return "stop"
         if self._finished is not None and self._finished.reason == pb.FinishReason.FINISH_REASON_LENGTH:
             return "length"

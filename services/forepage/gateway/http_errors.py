@@ -100,12 +100,13 @@ def _param(error: Mapping[str, Any], body: object) -> str:
 
 
 def _steps(error: Mapping[str, Any], body: object) -> Iterator[str]:
-    value = body
-    for part in error["loc"][1:]:
+    value, path = body, error["loc"][1:]
+    for place, part in enumerate(path, start=1):
+        is_missing = error["type"] == "missing" and place == len(path)  # what is missing is a key, no tag
         if isinstance(part, int) and isinstance(value, list):
             yield f"[{part}]"
             value = value[part] if part < len(value) else None
-        elif isinstance(value, dict) and (part in value or error["type"] == "missing"):
+        elif isinstance(value, dict) and (part in value or is_missing):
             yield f".{part}"
             value = value.get(part)
 

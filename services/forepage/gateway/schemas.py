@@ -17,6 +17,7 @@ MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
+MAX_STOP_TOKENS = 64
 INT32_MAX = 2**31 - 1
 
 
@@ -87,6 +88,9 @@ class GenerationBody(Fields, ABC):
     min_p: float | None = Field(None, ge=0.0, le=1.0)
     seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="extension, as in vLLM: any of these ends the answer, its text is left out"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)

@@ -23,9 +23,10 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import GatewaySettings
 from forepage.telemetry import MetricName, Telemetry
 from forepage.text.chat import chat_parts, encode_parts, missing_token
+from forepage.text.control_tokens import ControlToken
 from forepage.text.dsml import Part, to_json
 from forepage.text.messages import ThinkingMode
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 
 MAX_WORKERS_TRIED = 2
@@ -48,6 +49,7 @@ class Starter:
         """
         if body.stream_options is not None and not body.stream:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
+        self._check_tokens(body.stop_token_ids or (), "stop_token_ids")
         workers = self.directory.workers_for(body.model)
         limit = max(_context_of(worker) for worker in workers)
         prompt_ids = await asyncio.to_thread(self._encode, body, limit)
@@ -100,12 +102,15 @@ class Starter:
         if isinstance(body.prompt, str):
             _refuse_hopeless(self.tokenizer.least_tokens(body.prompt), limit, body)
             return self.tokenizer.encode_text(body.prompt)
-        for index, token in enumerate(body.prompt):
+        self._check_tokens(body.prompt, "prompt")
+        return body.prompt
+
+    def _check_tokens(self, tokens: Sequence[int], field: str) -> None:
+        for index, token in enumerate(tokens):
             if token >= self.tokenizer.vocab_size:
                 raise RequestError(
-                    f"token ids of this model are below {self.tokenizer.vocab_size}", f"prompt[{index}]"
+                    f"token ids of this model are below {self.tokenizer.vocab_size}", f"{field}[{index}]"
                 )
-        return body.prompt
 
     def _layout(self, body: ChatBody) -> list[Part]:
         conversation = conversation_of(body)
@@ -131,17 +136,39 @@ def _context_of(worker: WorkerClient) -> int:
     return served.max_context_tokens if served else 0
 
 
+def _constrain(sampling: pb.Sampling, body: ChatBody, tokenizer: Tokenizer) -> None:
+    """What the answer must be, behind the reasoning if there is any: JSON, calls, or either."""
+    tools, schema = body.forced_tools, body.answer_schema
+    must_call = tools and body.tool_choice not in (None, "auto")
+    if schema is not None and not must_call:
+        sampling.json_schema = to_json(schema)
+    for tool in tools:
+        parameters = tool.function.parameters
+        sampling.forced_tools.add(
+            name=tool.function.name, parameters="" if parameters is None else to_json(parameters)
+        )
+    if tools:
+        sampling.max_calls = body.max_calls or 0
+    if (tools or schema is not None) and _answer_mode(body) is ThinkingMode.THINKING:
+        sampling.free_until_token_id = tokenizer.token_id(ControlToken.END_THINK)
+
+
 def reading_of(body: GenerationBody) -> Reading:
     """How the answers to this body are read."""
     chat = body if isinstance(body, ChatBody) else None
-    is_task = chat is not None and chat.messages[-1].task is not None  # its answer holds no reasoning
     return Reading(
         stops=body.stops,
-        mode=ThinkingMode.CHAT if chat is None or is_task else thinking_mode(chat),
+        stop_tokens=body.stop_token_ids or (),
+        mode=ThinkingMode.CHAT if chat is None else _answer_mode(chat),
         with_tools=chat is not None and bool(chat.offered_tools),
-        max_calls=1 if chat and chat.parallel_tool_calls is False else None,
+        max_calls=chat.max_calls if chat and not chat.forced_tools else None,  # forced ones the worker counts
         num_top_logprobs=body.num_top_logprobs,
     )
+
+
+def _answer_mode(body: ChatBody) -> ThinkingMode:
+    """Whether the answer begins with reasoning; that to a task holds none."""
+    return ThinkingMode.CHAT if body.messages[-1].task is not None else thinking_mode(body)
 
 
 def _refuse_hopeless(least_tokens: int, limit: int, body: GenerationBody) -> None:
@@ -175,17 +202,15 @@ def _generate_request(
         min_p=body.min_p or 0.0,
         seed=seed,
         max_tokens=max_tokens,
-        stop_token_ids=() if body.ignore_eos else (tokenizer.eos_id,),
+        stop_token_ids=[*(body.stop_token_ids or ()), *(() if body.ignore_eos else (tokenizer.eos_id,))],
         logprobs=body.num_top_logprobs is not None,
         num_logprobs=body.num_top_logprobs or 0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=body.repetition_penalty or 0.0,
     )
-    if isinstance(body, ChatBody) and body.answer_schema is not None:
-        sampling.json_schema = to_json(body.answer_schema)
-        if thinking_mode(body) is ThinkingMode.THINKING:
-            sampling.free_until_token_id = tokenizer.token_id(ControlToken.END_THINK)
+    if isinstance(body, ChatBody):
+        _constrain(sampling, body, tokenizer)
     return pb.GenerateRequest(
         request_id=secrets.token_hex(16),
         prompt_token_ids=prompt_ids,

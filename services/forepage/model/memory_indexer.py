@@ -29,10 +29,10 @@ from forepage.kv.geometry import KvFormat
 from forepage.model.indexer_tensors import PREFIX, read_tensors, target_layers, tensor_names
 from forepage.model.norm import rms_norm
 from forepage.model.rope import rotation, yarn_frequencies
+from forepage.model.spec import MEMORY_INDEXER_CONFIG as CONFIG_NAME
 from forepage.model.spec import ModelSpec
 from forepage_kernels.layout import hadamard
 
-CONFIG_NAME = "memory_indexer.json"
 WEIGHTS_NAME = "memory_indexer.safetensors"
 RELEASED_THRESHOLD = 0.5
 """What the released indexer was trained and measured at. Source: FlashMemory-DeepSeek-V4 training notes."""
@@ -145,6 +145,10 @@ def read_indexer_config(folder: Path, spec: ModelSpec, file: Path | None = None)
     path = (folder if file is None else file.parent) / CONFIG_NAME
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelFormatError(
+            f"{path}: no memory indexer; put one there, or name its file in FOREPAGE_MODEL__MEMORY_INDEXER"
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelFormatError(f"{path}: can't read the memory indexer's config: {error}") from error
     if not isinstance(body, dict):

@@ -124,6 +124,10 @@ class ModelSpec:
         return tuple(i for i, ratio in enumerate(self.compress_ratios) if ratio == C128_RATIO)
 
 
+MEMORY_INDEXER_CONFIG = "memory_indexer.json"
+"""Beside config.json: what the memory indexer is (`memory_indexer`)."""
+
+
 def read_config(folder: Path) -> dict[str, object]:
     """Parse `folder`/config.json. Raises: ModelFormatError when absent or not a JSON object."""
     path = folder / "config.json"

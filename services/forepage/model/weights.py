@@ -88,8 +88,18 @@ def load_checkpoint(
     with shown_loading(sum(part_bytes.values())) as advance:
         for name in sorted(spans, key=places.__getitem__):
             reader.read_into(weights[name], name, rows=spans[name].rows, columns=spans[name].columns)
+            if table[name].role is Role.EXPERT_IDS:
+                _check_ids(weights[name], spec, f"{files[name].path}: {name}")
             advance(files[name].path, part_bytes[name])
     return weights
+
+
+def _check_ids(ids: Tensor, spec: ModelSpec, where: str) -> None:
+    """Raises: ModelFormatError for an expert that the model lacks: a step would be the first to notice."""
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= spec.num_experts:
+        wrong = least if least < 0 else most
+        raise ModelFormatError(f"{where} names expert {wrong}, the model has {spec.num_experts}")
 
 
 def fused_names(spec: ModelSpec) -> list[list[str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from forepage.text.call_arguments import CallArguments, ValueKind
+from forepage.text.control_tokens import ControlToken
 from forepage.text.dsml import (
     BEFORE_CALLS,
     CALLS_CLOSE,
@@ -21,7 +22,6 @@ from forepage.text.dsml import (
 )
 from forepage.text.dsml_tags import find_first, may_become_tag, num_held, read_tag
 from forepage.text.messages import ThinkingMode
-from forepage.text.tokenizer import ControlToken
 
 SPACES = " \t\r\n"
 MAX_SPACES = 1024

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from forepage.errors import RequestError
+from forepage.text.control_tokens import ControlToken
 from forepage.text.dsml import BEFORE_CALLS, Part, call_parts, to_json
 from forepage.text.messages import ChatMessage, Conversation, Effort, Role, Task, ThinkingMode
-from forepage.text.tokenizer import ControlToken, Tokenizer
+from forepage.text.tokenizer import Tokenizer
 from forepage.text.turns import turns_of
 from forepage.text.wording import SCHEMA_MARK, SCHEMAS_MARK, Wording
 

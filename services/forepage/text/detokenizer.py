@@ -6,7 +6,7 @@ cut into calls.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from forepage.text.tokenizer import Tokenizer
 
@@ -54,11 +54,16 @@ class StopMatcher:
 class Detokenizer:
     """The text of one answer, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), stop_tokens: Collection[int] = ()
+    ) -> None:
+        """`stop_tokens` have no text; whoever generates ends at them."""
         self._tokenizer = tokenizer
+        self._stop_tokens = frozenset(stop_tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = StopMatcher(stops)
         self.num_tokens = 0
+        self.saw_stop_token = False
 
     @property
     def stopped(self) -> bool:
@@ -72,6 +77,9 @@ class Detokenizer:
             if self.stopped:
                 break
             self.num_tokens += 1
+            if token in self._stop_tokens:
+                self.saw_stop_token = True
+                continue
             text = self._decoder.decode(self._tokenizer.decode_bytes((token,)))
             pieces.append(self._stops.feed(text))
         return "".join(pieces)

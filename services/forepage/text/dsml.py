@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from forepage.text.control_tokens import ControlToken
 from forepage.text.messages import ToolCall
-from forepage.text.tokenizer import ControlToken
 
 DSML = ControlToken.DSML
 CALLS, INVOKE, PARAMETER = "tool_calls", "invoke", "parameter"

@@ -250,8 +250,9 @@ class Loop:
     def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
         sequence.take_token(pick.token)
         sequence.emit(_tokens(pick))
-        is_complete = sequence.constraint is not None and sequence.constraint.is_complete
-        if is_complete or pick.token in sequence.request.stop_token_ids:
+        if sequence.constraint is not None and sequence.constraint.is_broken:
+            self._fail(sequence, ForepageError("the answer can't be kept to its schema any further"))
+        elif sequence.says_no_more:
             self._finish(sequence, pb.FINISH_REASON_STOP)
         elif sequence.num_generated >= sequence.request.max_tokens:
             self._finish(sequence, pb.FINISH_REASON_LENGTH)

@@ -47,14 +47,16 @@ class RankLink:
         return batch + bytes(rest)
 
     def least(self, values: list[int]) -> list[int]:
-        """The least of all ranks' values, place by place; each brings as many. Raises: RankLostError."""
-        if not values:
-            return []
-        joined = torch.tensor(values, dtype=torch.int32)
+        """The least of all ranks' values, place by place; each brings as many, perhaps none.
+
+        Also a meeting: it ends only when every rank has carried out what was sent before. So it is an
+        exchange even without values, of a place of its own. Raises: RankLostError.
+        """
+        joined = torch.tensor([0, *values], dtype=torch.int32)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         exchange(lambda: self._group.allreduce([joined], options))
-        return joined.tolist()
+        return joined[1:].tolist()
 
     def _broadcast(self, data: bytearray) -> None:
         """From rank 0, in place."""

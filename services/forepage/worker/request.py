@@ -7,6 +7,7 @@ from forepage.kv.plan_source import PlanSource
 from forepage.rpc import index_pb2 as index_pb
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
+from forepage.worker.call_grammar import CallableTool
 from forepage.worker.sampler import Sampling
 
 MODE_OF_PROTO: dict[pb.ResidencyMode, ResidencyMode] = {
@@ -41,6 +42,10 @@ class Request:
     cache_salt: str
     json_schema: str | None = None
     free_until: int | None = None
+    forced_tools: tuple[CallableTool, ...] = ()
+    """The answer is calls of these; with `json_schema` either such calls or the JSON."""
+    max_calls: int = 0
+    """Of `forced_tools`; 0: any number."""
     plan_source: PlanSource = PlanSource.MEMORY_INDEXER
     threshold: float | None = None
     """An entry is wanted above this; None: as the index is set."""
@@ -92,6 +97,8 @@ class Request:
             cache_salt=message.cache_salt,
             json_schema=how.json_schema if how.HasField("json_schema") else None,
             free_until=how.free_until_token_id if how.HasField("free_until_token_id") else None,
+            forced_tools=tuple(CallableTool(tool.name, tool.parameters) for tool in how.forced_tools),
+            max_calls=how.max_calls,
             plan_source=SOURCE_OF_PROTO.get(residency.plan_source, PlanSource.MEMORY_INDEXER),
             threshold=residency.threshold if residency.HasField("threshold") else None,
             audit=residency.audit,

@@ -187,6 +187,12 @@ class Sequence:
             self.seen.add(token)
 
     @property
+    def says_no_more(self) -> bool:
+        """Whether its newest token is one that ends it, or its grammar is at its end."""
+        is_complete = self.constraint is not None and self.constraint.is_complete
+        return is_complete or self.tokens[-1] in self.request.stop_token_ids
+
+    @property
     def is_exact(self) -> bool:
         """Whether rows are pulled on demand: by request, or because the guard moved it there."""
         return self.request.mode is ResidencyMode.EXACT or (
