@@ -15,7 +15,7 @@ from forepage.training.indexer.commands import TINY
 from forepage.training.indexer.config import Granularity, IndexerTrainingConfig, LabelRule
 from rigs.indexer_training import SMALL, small_config
 
-QUICK = {
+QUICK: dict[str, dict[str, Any]] = {
     "dump": {"lengths": [2048], "texts": [6], "validation_share": 0.34, "rows": 192},
     "fit": {"steps": 4, "validate_every": 2, "warmup_steps": 1},
 }
