@@ -14,10 +14,10 @@ from forepage.model.spec import ModelSpec
 from forepage.model.weights import load_or_seed
 from forepage.settings import BUNDLED_MODEL
 from forepage.training.indexer.config import Start
-from forepage.training.indexer.dump import DumpOrder, dump
+from forepage.training.indexer.dump import DumpOrder, DumpTotals, dump, dump_part
 from forepage.training.indexer.encoder import DualEncoder, decoded_keys
 from forepage.training.indexer.features import Features
-from forepage.training.indexer.shards import ShardWriter, read_features, read_header, stored_texts
+from forepage.training.indexer.shards import open_dump, read_features, read_header, stored_texts
 from forepage.training.indexer.stages import encoder_of
 from forepage.training.indexer.start import NATIVE, first_tensors, spread
 from forepage.training.indexer.synthetic import sizes_of, synthetic_features
@@ -32,11 +32,15 @@ SPEC = ModelSpec.from_config(MODEL_CONFIG)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dump of the bundled model, made in two calls: the first had no time left after its first text."""
+    """A dump of the bundled model, made in three calls: no time, the second text, then what is missing."""
     out: Path = tmp_path_factory.mktemp("dump")
-    first = replace(CONFIG, dump=replace(CONFIG.dump))
-    assert not dump(DumpOrder(BUNDLED_MODEL, first, out, CPU, minutes=0.0, text_workers=0)).done
-    assert dump(DumpOrder(BUNDLED_MODEL, first, out, CPU, text_workers=0)).done
+    order = DumpOrder(BUNDLED_MODEL, CONFIG, out, CPU)
+    assert dump(replace(order, minutes=0.0)) == (DumpTotals(), False)
+    dump_part(order, [1], float("inf"))
+    before = (out / "shard-00001.safetensors").stat().st_mtime_ns
+    totals, done = dump(order)
+    assert (totals.texts, done) == (2, True)
+    assert (out / "shard-00001.safetensors").stat().st_mtime_ns == before
     return out
 
 
@@ -50,9 +54,15 @@ def test_dump_has_every_text_of_the_config_in_order(folder: Path) -> None:
 
 
 def test_a_complete_dump_is_not_made_again(folder: Path) -> None:
-    totals = dump(DumpOrder(BUNDLED_MODEL, CONFIG, folder, CPU, text_workers=0))
-    assert totals.done
-    assert totals.texts == 0
+    assert dump(DumpOrder(BUNDLED_MODEL, CONFIG, folder, CPU)) == (DumpTotals(), True)
+
+
+def test_several_processes_write_the_same_dump(folder: Path, tmp_path: Path) -> None:
+    totals, done = dump(DumpOrder(BUNDLED_MODEL, CONFIG, tmp_path, CPU, processes=2))
+    assert (totals.texts, done) == (3, True)
+    for mine, other in zip(features_in(folder), features_in(tmp_path), strict=True):
+        assert mine.text == other.text
+        assert torch.equal(mine.golden.counts, other.golden.counts)
 
 
 def test_rows_are_the_tokens_before_an_answers_tokens(folder: Path) -> None:
@@ -130,7 +140,7 @@ def test_a_dump_of_another_config_is_refused(tmp_path: Path) -> None:
         small_dump(tmp_path, other)
     header = replace(read_header(tmp_path), model_fingerprint="another")
     with pytest.raises(ModelFormatError, match="another model or config"):
-        ShardWriter(tmp_path, header)
+        open_dump(tmp_path, header)
 
 
 def test_another_version_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 """`forepage train dump`: the served model reads the config's texts; their features go to shards."""
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,14 +18,15 @@ from forepage.model.weights import load_or_seed
 from forepage.settings import WeightDtype
 from forepage.training.backbone.journal import Journal, journal
 from forepage.training.indexer.config import DumpConfig, IndexerTrainingConfig
-from forepage.training.indexer.features import TextId
-from forepage.training.indexer.served_pass import ServedPass, Text
-from forepage.training.indexer.shards import DumpHeader, ShardWriter
+from forepage.training.indexer.served_pass import ServedPass
+from forepage.training.indexer.shards import DumpHeader, open_dump, stored_numbers, write_features
 from forepage.training.indexer.texts import make_text, text_ids
+from forepage.training.results import peak_gpu_bytes
 
 TORCH_DTYPES = {WeightDtype.FP32: torch.float32, WeightDtype.BF16: torch.bfloat16}
-TEXT_WORKERS = 4
-AHEAD = 8
+GPU_PROCESSES = 3
+"""Passes of small models wait for launches most of the time: several processes fill a GPU."""
+POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,56 +39,82 @@ class DumpOrder:
     device: torch.device
     minutes: float | None = None
     key_format: KeyFormat = KeyFormat.FP8
-    text_workers: int = TEXT_WORKERS  # processes that make texts; 0: none
+    processes: int | None = None  # that read texts at once; None: this one on a CPU, some on a GPU
 
 
 @dataclass(frozen=True)
 class DumpTotals:
-    """What a call did."""
+    """What was done: by a process, or by all of them."""
 
-    texts: int
-    rows: int
-    tokens: int
-    seconds: float
-    done: bool
+    texts: int = 0
+    rows: int = 0
+    tokens: int = 0
+    peak_gpu_bytes: int = 0  # of all processes together
 
 
-def dump(order: DumpOrder) -> DumpTotals:
-    """Append texts until all are there, or time is up. Raises: ModelFormatError, RequestError."""
-    began = time.monotonic()
+def dump(order: DumpOrder) -> tuple[DumpTotals, bool]:
+    """Write the texts that are missing until time is up; whether all are there now.
+
+    Raises: ModelFormatError, RequestError.
+    """
     config = order.config.dump
-    until = began + order.minutes * 60 if order.minutes is not None else float("inf")
-    served = _served_pass(order)
-    writer = ShardWriter(order.folder, _header(order))
+    until = time.monotonic() + order.minutes * 60 if order.minutes is not None else float("inf")
+    open_dump(order.folder, _header(order))
     total = sum(config.texts)
-    texts = rows = tokens = 0
+    missing = sorted(set(range(total)) - stored_numbers(order.folder))
+    processes = order.processes
+    if processes is None:
+        processes = GPU_PROCESSES if order.device.type == "cuda" else 1
     with journal(order.folder, total) as notes:
-        for text in _texts(config, writer.num_texts, order.text_workers):
-            if time.monotonic() >= until:
-                break
-            features = served.features(text)
-            writer.add(features)
-            texts, rows, tokens = texts + 1, rows + features.num_rows, tokens + len(text.tokens)
-            _note(notes, text.id, writer.num_texts, total, rows, time.monotonic() - began)
-        writer.flush()
-    return DumpTotals(texts, rows, tokens, time.monotonic() - began, writer.num_texts == total)
+        if processes == 1 or not missing:
+            parts = [dump_part(order, missing, until, notes)] if missing else []
+        else:
+            parts = _side_by_side(order, missing, until, processes, notes)
+        done = len(stored_numbers(order.folder))
+        notes.note(f"{done} of {total} texts are there")
+    totals = DumpTotals(
+        texts=sum(part.texts for part in parts),
+        rows=sum(part.rows for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        peak_gpu_bytes=sum(part.peak_gpu_bytes for part in parts),
+    )
+    return totals, done == total
 
 
-def _texts(config: DumpConfig, skip: int, workers: int) -> Iterator[Text]:
-    """Texts from the skip-th on; made ahead by worker processes, spawned because the parent holds a GPU."""
-    ids = islice(text_ids(config), skip, None)
-    if not workers:
-        yield from (make_text(one, max_rows=config.rows) for one in ids)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(make_text, one, max_rows=config.rows) for one in islice(ids, AHEAD)]
-        try:
-            while waiting:
-                text = waiting.pop(0).result()
-                waiting += [pool.submit(make_text, one, max_rows=config.rows) for one in islice(ids, 1)]
-                yield text
-        finally:
-            pool.shutdown(cancel_futures=True)
+def dump_part(
+    order: DumpOrder, numbers: Sequence[int], until: float, notes: Journal | None = None
+) -> DumpTotals:
+    """Write these texts, one after another, until time (of the monotonic clock) is up."""
+    served, config = _served_pass(order), order.config.dump
+    ids = list(text_ids(config))
+    texts = rows = tokens = 0
+    for number in numbers:
+        if time.monotonic() >= until:
+            break
+        text = make_text(ids[number], max_rows=config.rows)
+        features = served.features(text)
+        write_features(order.folder, number, features)
+        texts, rows, tokens = texts + 1, rows + features.num_rows, tokens + len(text.tokens)
+        if notes is not None:
+            notes.advance(number + 1, f"{text.id.suite} at {text.id.length_tokens}")
+    return DumpTotals(texts, rows, tokens, peak_gpu_bytes() or 0)
+
+
+def _side_by_side(
+    order: DumpOrder, numbers: Sequence[int], until: float, processes: int, notes: Journal
+) -> list[DumpTotals]:
+    """Parts in processes of their own, spawned as a GPU can't be inherited; progress is what is on disk."""
+    total = sum(order.config.dump.texts)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {
+            pool.submit(dump_part, order, numbers[part::processes], until) for part in range(processes)
+        }
+        parts = set(waiting)
+        while waiting:
+            _, waiting = wait(waiting, timeout=POLL_S)
+            there = len(stored_numbers(order.folder))
+            notes.advance(there, f"text {there} of {total}")
+        return [part.result() for part in parts]
 
 
 def _served_pass(order: DumpOrder) -> ServedPass:
@@ -136,12 +162,4 @@ def header_of(
         texts=config.texts,
         rows=config.rows,
         suites=tuple(config.suites.items()),
-    )
-
-
-def _note(notes: Journal, text: TextId, number: int, total: int, rows: int, seconds: float) -> None:
-    notes.advance(number, f"{text.suite} {text.length_tokens}")
-    notes.write(
-        {"text": number, "suite": text.suite, "length": text.length_tokens, "rows": rows, "seconds": seconds},
-        f"{seconds:6.0f}s {text.suite} at {text.length_tokens}; {rows} rows; {number} of {total} on disk",
     )

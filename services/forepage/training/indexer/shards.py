@@ -1,9 +1,9 @@
-"""A dump on disk: one header, and shards of whole texts; safetensors and msgpack, never pickle.
+"""A dump on disk: one header, and a shard for each text; safetensors and msgpack, never pickle.
 
-    header.msgpack         schema_version, what the features are of and how they were made
-    shard-00000.safetensors    tensors `<text>.<name>` (`Features.tensors`), text = place in the shard
-    shard-00000.msgpack        its texts; written last, so a shard without it does not count
-A dump is resumed by appending: the texts of complete shards are the first ones of the config's order.
+    header.msgpack             schema_version, what the features are of and how they were made
+    shard-00000.safetensors    tensors by the names of `Features.tensors`; the number is the text's
+    shard-00000.msgpack        which text it is; written last, so a shard without it does not count
+Shards don't depend on each other: several processes write them, and a dump is resumed by what is missing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from typing import Any
 
 import msgpack
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
@@ -25,7 +25,7 @@ from forepage_kernels.layout import KeyLayout
 
 SCHEMA_VERSION = 1
 HEADER_FILE = "header.msgpack"
-MAX_SHARD_BYTES = 60 << 20
+LIST = ".msgpack"
 
 
 @dataclass(frozen=True)
@@ -62,54 +62,31 @@ class StoredText:
     id: TextId
     num_entries: int
     num_rows: int
-    shard: int
-    place: int  # in the shard
+    number: int
 
 
-class ShardWriter:
-    """Appends texts to a dump folder; the one writer of it."""
+def open_dump(folder: Path, header: DumpHeader) -> None:
+    """Make the folder a dump of this header. Raises: ModelFormatError where it is one of something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / HEADER_FILE
+    if path.exists() and read_header(folder) != header:
+        raise ModelFormatError(f"{path}: a dump of another model or config; take another folder")
+    if not path.exists():
+        _write(path, asdict(header))
 
-    def __init__(self, folder: Path, header: DumpHeader) -> None:
-        """Raises: ModelFormatError where the folder holds a dump of something else."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / HEADER_FILE
-        if path.exists() and read_header(folder) != header:
-            raise ModelFormatError(f"{path}: a dump of another model or config; take another folder")
-        if not path.exists():
-            _write(path, asdict(header))
-        texts = stored_texts(folder)
-        self.num_texts = len(texts)
-        self._folder = folder
-        self._next = texts[-1].shard + 1 if texts else 0
-        self._open: list[Features] = []
-        self._bytes = 0
 
-    def add(self, features: Features) -> None:
-        """Keep a text; writes a shard when it would be too large with it."""
-        if self._open and self._bytes + features.num_bytes > MAX_SHARD_BYTES:
-            self.flush()
-        self._open.append(features)
-        self._bytes += features.num_bytes
+def write_features(folder: Path, number: int, features: Features) -> None:
+    """Write the shard of the number-th text."""
+    stem = _stem(folder, number)
+    tensors = {name: tensor.contiguous() for name, tensor in features.tensors().items()}
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    sizes = {"num_entries": features.num_entries, "num_rows": features.num_rows}
+    _write(stem.with_suffix(LIST), {**asdict(features.text), **sizes})
 
-    def flush(self) -> None:
-        """Write what is kept, if anything."""
-        if not self._open:
-            return
-        stem = self._folder / f"shard-{self._next:05d}"
-        tensors = {
-            f"{place}.{name}": tensor.contiguous()
-            for place, features in enumerate(self._open)
-            for name, tensor in features.tensors().items()
-        }
-        save_file(tensors, stem.with_suffix(".safetensors"))
-        texts = [
-            {**asdict(one.text), "num_entries": one.num_entries, "num_rows": one.num_rows}
-            for one in self._open
-        ]
-        _write(stem.with_suffix(".msgpack"), {"texts": texts})
-        self.num_texts += len(self._open)
-        self._next += 1
-        self._open, self._bytes = [], 0
+
+def stored_numbers(folder: Path) -> set[int]:
+    """Numbers of the texts that are there, without reading them."""
+    return {int(path.stem.removeprefix("shard-")) for path in folder.glob(f"shard-*{LIST}")}
 
 
 def read_header(folder: Path) -> DumpHeader:
@@ -125,31 +102,31 @@ def read_header(folder: Path) -> DumpHeader:
 
 
 def stored_texts(folder: Path) -> list[StoredText]:
-    """Texts of all complete shards, in order."""
+    """Texts that are there, in the config's order."""
     texts = []
-    for path in sorted(folder.glob("shard-*.msgpack")):
-        shard = int(path.stem.removeprefix("shard-"))
-        for place, text in enumerate(_read(path)["texts"]):
-            text_id = TextId(**{item.name: text[item.name] for item in fields(TextId)})
-            texts.append(StoredText(text_id, text["num_entries"], text["num_rows"], shard, place))
+    for number in sorted(stored_numbers(folder)):
+        text = _read(_stem(folder, number).with_suffix(LIST))
+        text_id = TextId(**{item.name: text[item.name] for item in fields(TextId)})
+        texts.append(StoredText(text_id, text["num_entries"], text["num_rows"], number))
     return texts
 
 
 def read_features(folder: Path, text: StoredText, device: torch.device) -> Features:
     """One text's features, straight to the device. Raises: ModelFormatError for a damaged shard."""
-    path = folder / f"shard-{text.shard:05d}.safetensors"
+    path = _stem(folder, text.number).with_suffix(".safetensors")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            names = [name for name in file.keys() if name.startswith(f"{text.place}.")]  # noqa: SIM118
-            tensors = {name.split(".")[1]: file.get_tensor(name) for name in names}
-        return features_of(text.id, text.num_entries, tensors)
+        return features_of(text.id, text.num_entries, load_file(path, device=str(device)))
     except (OSError, SafetensorError, KeyError) as error:
-        raise ModelFormatError(f"{path}: text {text.place}: {error}") from error
+        raise ModelFormatError(f"{path}: {error}") from error
 
 
 def of_split(texts: Sequence[StoredText], *, validation: bool) -> Iterator[StoredText]:
     """Texts that are (or are not) for validation."""
     return (text for text in texts if text.id.is_validation == validation)
+
+
+def _stem(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}"
 
 
 def _write(path: Path, body: dict[str, Any]) -> None:

@@ -45,17 +45,19 @@ class FitOrder:
 def run_dump(order: DumpOrder, results: Path) -> bool:
     """Whether all texts are there."""
     _reset_peak()
-    totals = dump(order)
+    began = time.monotonic()
+    totals, done = dump(order)
+    seconds = time.monotonic() - began
     row = StageRow(
         stage="dump",
-        seconds=totals.seconds,
-        peak_gpu_bytes=peak_gpu_bytes(),
-        samples_per_s=totals.tokens / max(totals.seconds, 1e-9),
+        seconds=seconds,
+        peak_gpu_bytes=totals.peak_gpu_bytes or None,
+        samples_per_s=totals.tokens / max(seconds, 1e-9),
         sample="token",
         final_metrics={"texts": totals.texts, "rows": totals.rows, "tokens": totals.tokens},
     )
     write_row(results, row, what=WHAT, config=asdict(order.config.dump))
-    return totals.done
+    return done
 
 
 def run_fit(order: FitOrder, results: Path) -> bool:

@@ -18,7 +18,7 @@ from forepage.training.indexer.config import DumpConfig, IndexerTrainingConfig
 from forepage.training.indexer.dump import header_of
 from forepage.training.indexer.features import Features, TextId
 from forepage.training.indexer.golden import Golden
-from forepage.training.indexer.shards import DumpHeader, ShardWriter
+from forepage.training.indexer.shards import DumpHeader, open_dump, stored_numbers, write_features
 from forepage.training.indexer.texts import text_ids
 from forepage_kernels.layout import KeyLayout, encode_keys, hadamard
 
@@ -46,16 +46,14 @@ def synthetic_dump(config: IndexerTrainingConfig, model_config: Mapping[str, obj
     """Write all texts of the config; how many rows. Raises: ModelFormatError."""
     digest = json.dumps(config.dump.seed)
     header = header_of(config.dump, dict(model_config), f"synthetic-{digest}", KeyFormat.FP8)
-    writer = ShardWriter(folder, header)
-    sizes = sizes_of(header)
+    open_dump(folder, header)
+    sizes, there = sizes_of(header), stored_numbers(folder)
     rows = 0
     for number, text in enumerate(text_ids(config.dump)):
-        if number < writer.num_texts:
-            continue
-        features = synthetic_features(text, sizes, config.dump)
-        rows += features.num_rows
-        writer.add(features)
-    writer.flush()
+        if number not in there:
+            features = synthetic_features(text, sizes, config.dump)
+            write_features(folder, number, features)
+            rows += features.num_rows
     return rows
 
 

@@ -61,7 +61,7 @@ class TextStore:
             raise RequestError(f"label.mass: the dump keeps mass sets of {self.header.mass} only", "mass")
         self._folder, self._device, self._dtype = folder, device, dtype
         self._texts = stored_texts(folder)
-        self._kept: OrderedDict[tuple[int, int], LoadedText] = OrderedDict()
+        self._kept: OrderedDict[int, LoadedText] = OrderedDict()
 
     def texts(self, *, validation: bool) -> list[StoredText]:
         """Of one split, those long enough to have a plan."""
@@ -70,7 +70,7 @@ class TextStore:
 
     def load(self, text: StoredText) -> LoadedText:
         """The text on the device."""
-        key = (text.shard, text.place)
+        key = text.number
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

@@ -33,8 +33,9 @@ def text_ids(config: DumpConfig) -> Iterator[TextId]:
     every = round(1 / config.validation_share)
     seen = [0] * len(config.lengths)
     for number, (_, place) in enumerate(due):
-        seen[place] += 1
+        # The first of each length is one: a dump that was stopped early can be validated too.
         is_validation[number] = seen[place] % every == 0
+        seen[place] += 1
     for number, (_, place) in enumerate(due):
         suite = names[int(draw.choice(len(names), p=shares))]
         yield TextId(suite, config.lengths[place], config.seed * total + number, bool(is_validation[number]))
