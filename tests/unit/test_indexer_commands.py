@@ -66,14 +66,24 @@ def test_commands_train_from_a_synthetic_dump_to_what_is_served(tmp_path: Path) 
 
 
 def test_lookahead_does_all_of_it_from_a_models_folder(tmp_path: Path) -> None:
-    dump = {"lengths": [1024], "texts": [2], "validation_share": 0.5, "rows": 60}
+    dump = {"lengths": [1536], "texts": [2], "validation_share": 0.5, "rows": 60}
     config = toml_file(tmp_path, dump=dump, fit=QUICK["fit"])
     out = invoke(
         "lookahead", "--model", BUNDLED_MODEL, "--out", tmp_path, "--config", config, "--device", "cpu"
     )
-    assert "1,024" in out
+    assert "1,536" in out
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
     assert [row["stage"] for row in rows] == ["dump", "indexer", "calibrate"]
+
+
+def test_texts_too_short_to_plan_for_are_refused(tmp_path: Path) -> None:
+    config = toml_file(tmp_path, dump={"lengths": [1024], "texts": [4], "rows": 480}, fit=QUICK["fit"])
+    invoke("synthetic-dump", "--out", tmp_path, "--config", config, "--model", BUNDLED_MODEL)
+    short = config.read_text().replace("recent_tokens = 512", "recent_tokens = 766")
+    config.write_text(short)
+    result = CliRunner().invoke(app, ["indexer", "--out", str(tmp_path), "--config", str(config)])
+    assert result.exit_code == 1
+    assert "longer texts are needed" in result.output
 
 
 def test_a_wrong_config_ends_in_one_line(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Fitting:
             group["lr"] = rate
         total, mined = torch.zeros((), device=self.encoder.wq_a.device), 0
         for _ in range(fit.texts_per_step):
-            text = self.store.load(self._texts[int(draw.integers(len(self._texts)))])
+            text = self._draw_text(draw)
             loss, num_mined = self._text_loss(
                 text, self._drawn(text, draw), draw, mines=step >= fit.mine_from
             )
@@ -129,6 +129,14 @@ class Fitting:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total, mined
+
+    def _draw_text(self, draw: np.random.Generator) -> LoadedText:
+        """One with plans; a text whose answers all lie in the resident tail has none."""
+        for place in draw.permutation(len(self._texts)).tolist():
+            text = self.store.load(self._texts[place])
+            if len(text.plans):
+                return text
+        raise RequestError("no training text has a plan to learn from: longer texts are needed", "lengths")
 
     def _drawn(self, text: LoadedText, draw: np.random.Generator) -> Drawn:
         """Plans at questions' ends and elsewhere; some asked from further away than they are."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forepage.errors import RequestError
 from forepage.kv.geometry import BLOCK_ENTRIES
 from forepage.training.indexer.encoder import DualEncoder, block_best
 from forepage.training.indexer.shards import StoredText
@@ -51,13 +52,15 @@ class PlanCells:
 def validation_cells(
     encoder: DualEncoder, store: TextStore, texts: list[StoredText], advance: Callable[[], None]
 ) -> PlanCells:
-    """Score every served plan of these texts."""
+    """Score every served plan of these texts. Raises: RequestError when there is none."""
     parts = []
     for text in texts:
         loaded = store.load(text)
         if len(loaded.served):
             parts.append(_cells(encoder, loaded, len(store.header.spec.c4_layers)))
         advance()
+    if not parts:
+        raise RequestError("no text has a plan to validate: longer texts are needed", "lengths")
     return _joined(parts)
 
 
