@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from forepage.errors import ModelFormatError, RequestError
 from forepage.kv.geometry import KvFormat
 from forepage.model.memory_indexer import (
+    IndexerCalibration,
     MemoryIndexer,
     read_indexer_config,
     seeded_tensors,
@@ -24,6 +25,7 @@ CPU = torch.device("cpu")
 SPEC = ModelSpec.from_config(read_config(BUNDLED_MODEL))
 CONFIG = read_indexer_config(BUNDLED_MODEL, SPEC)
 TENSORS = seeded_tensors(SPEC, CONFIG)
+CALIBRATION = {"budget_blocks": 64, "interval_steps": 64, "recent_tokens": 2048, "evidence_recall": 0.97}
 
 
 def bf16(x: F32) -> F32:
@@ -220,6 +222,10 @@ def test_load_refuses_a_folder_with_neither_tensors_nor_seed(tmp_path: Path) -> 
         ({"rank": "64"}, "rank"),
         ({"seed": -1}, "seed"),
         ({"budget": 3}, "budget is not a known field"),
+        ({"calibration": 3}, "calibration must have"),
+        ({"calibration": {"budget_blocks": 64}}, "calibration must have"),
+        ({"calibration": {**CALIBRATION, "evidence_recall": 1.5}}, r"calibration\.evidence_recall"),
+        ({"calibration": {**CALIBRATION, "interval_steps": -1}}, "interval_steps"),
         ({"seed": 1}, "need seed, heads and rank"),
     ],
     ids=str,
@@ -227,6 +233,12 @@ def test_load_refuses_a_folder_with_neither_tensors_nor_seed(tmp_path: Path) -> 
 def test_config_errors_name_the_field(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelFormatError, match=message):
         MemoryIndexer.load(model_folder(tmp_path, changes=changes), SPEC, KvFormat.FP8, CPU)
+
+
+def test_config_says_what_it_was_calibrated_for(tmp_path: Path) -> None:
+    config = read_indexer_config(model_folder(tmp_path, changes={"calibration": CALIBRATION}), SPEC)
+    assert config.calibration == IndexerCalibration(64, 64, 2048, 0.97)
+    assert CONFIG.calibration is None  # nobody calibrated the seeded one
 
 
 def test_config_that_is_absent_or_no_object_is_refused(tmp_path: Path) -> None:

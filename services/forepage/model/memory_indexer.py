@@ -10,6 +10,8 @@ memory_indexer.json beside the tensors, in the model's folder if no other file i
     heads, rank     sizes; needed with `seed`, else checked against the tensors where given
     threshold       an entry is wanted above this probability
     seed            makes weights when there is no memory_indexer.safetensors
+    calibration     budget_blocks, interval_steps, recent_tokens that the threshold was chosen for, and the
+                    evidence_recall that they gave; absent where nobody calibrated
 A file named by the settings may do without: its tensors say the layers, the released threshold holds.
 Tensors (`indexer_tensors.py` reads them): wq_a.weight [R, D], q_norm_weight [R], wq_b.weight [H * Di, R],
 weights_proj.weight [H, D] for each layer.
@@ -18,7 +20,7 @@ weights_proj.weight [H, D] for each layer.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,7 +38,17 @@ from forepage_kernels.layout import hadamard
 WEIGHTS_NAME = "memory_indexer.safetensors"
 RELEASED_THRESHOLD = 0.5
 """What the released indexer was trained and measured at. Source: FlashMemory-DeepSeek-V4 training notes."""
-_FIELDS = {"target_layers", "heads", "rank", "threshold", "seed"}
+_FIELDS = {"target_layers", "heads", "rank", "threshold", "seed", "calibration"}
+
+
+@dataclass(frozen=True)
+class IndexerCalibration:
+    """What the threshold was chosen for, and what it gave on validation texts."""
+
+    budget_blocks: int
+    interval_steps: int
+    recent_tokens: int
+    evidence_recall: float  # of the worst length
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class IndexerConfig:
     heads: int | None
     rank: int | None
     seed: int | None
+    calibration: IndexerCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,7 @@ def read_indexer_config(folder: Path, spec: ModelSpec, file: Path | None = None)
         heads=_count(path, body, "heads"),
         rank=_count(path, body, "rank"),
         seed=_count(path, body, "seed", least=0),
+        calibration=_calibration(path, body["calibration"]) if "calibration" in body else None,
     )
 
 
@@ -238,6 +252,20 @@ def _target_layers(path: Path, value: object, num_c4: int) -> tuple[int, ...]:
     raise ModelFormatError(
         f"{path}: target_layers must list c4 indices 0..{num_c4 - 1}, ascending, got {value!r}"
     )
+
+
+def _calibration(path: Path, value: object) -> IndexerCalibration:
+    names = {item.name for item in fields(IndexerCalibration)}
+    if not isinstance(value, dict) or set(value) != names:
+        raise ModelFormatError(f"{path}: calibration must have {', '.join(sorted(names))}, got {value!r}")
+    recall = value["evidence_recall"]
+    if not isinstance(recall, int | float) or isinstance(recall, bool) or not 0 <= recall <= 1:
+        raise ModelFormatError(f"{path}: calibration.evidence_recall must be in 0..1, got {recall!r}")
+    counts = [
+        _count(path, value, name, least=0) for name in ("budget_blocks", "interval_steps", "recent_tokens")
+    ]
+    budget, interval, recent = (count or 0 for count in counts)
+    return IndexerCalibration(budget, interval, recent, float(recall))
 
 
 def _count(path: Path, body: Mapping[str, object], name: str, least: int = 1) -> int | None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from forepage.errors import ForepageError
+from forepage.training.indexer.commands import register
 
 app = typer.Typer(no_args_is_help=True, help="Train forepage-tiny and its memory indexer.")
 CONFIGS = Path(__file__).parent / "backbone" / "configs"
@@ -57,3 +58,6 @@ def backbone(
         typer.echo(f"forepage train backbone: {error}", err=True)
         raise typer.Exit(FAILED) from error
     typer.echo("done" if done else "stopped: run it again to go on")
+
+
+register(app)

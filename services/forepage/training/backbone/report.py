@@ -1,20 +1,14 @@
 """The run's figures: rows in the shape of our result files, the loss curve, and the exact-match table."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from forepage.training.backbone.evaluation import Score, table
 from forepage.training.backbone.journal import read_log
+from forepage.training.results import StageRow, peak_gpu_bytes, write_row
 
-RESULT_FILE = "training.json"
 CURVE_FILE = "training.png"
 TABLE_FILE = "exact_match.md"
 
@@ -22,19 +16,7 @@ TABLE_FILE = "exact_match.md"
 def write_report(folder: Path, config: Mapping[str, Any], scores: Sequence[Score]) -> None:
     """Write training.json, training.png and exact_match.md beside the log they are made from."""
     log = [row for row in read_log(folder) if "loss" in row]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    rows = [_row(log, peak, scores)]
-    result = {
-        "what": "training of forepage-tiny's backbone",
-        "command": "forepage " + " ".join(sys.argv[1:]),
-        "commit": _commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": _device(),
-        "ceilings": {},
-        "config": dict(config),
-        "rows": rows,
-    }
-    (folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_row(folder, _row(log, scores), what="training of forepage-tiny's backbone", config=config)
     if scores:
         (folder / TABLE_FILE).write_text(table(scores) + "\n", encoding="utf-8")
     if log:
@@ -65,33 +47,18 @@ def draw_curve(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def _row(log: Sequence[Mapping[str, Any]], peak: int | None, scores: Sequence[Score]) -> dict[str, Any]:
-    """The shape of our result files."""
+def _row(log: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> StageRow:
     last = log[-1] if log else None
     stages = {}
     for row in log:
         stages[row["name"]] = {
             key: row[key] for key in ("step", "stage_seconds", "tokens_per_s", "loss", "answer_loss")
         }
-    return {
-        "stage": "backbone",
-        "seconds": None if last is None else last["seconds"],
-        "peak_gpu_bytes": peak,
-        "samples_per_s": None if last is None else last["tokens_per_s"],
-        "sample": "token",
-        "final_metrics": {"stages": stages, "exact_match": [asdict(score) for score in scores]},
-    }
-
-
-def _device() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "torch": torch.__version__}
-
-
-def _commit() -> str | None:
-    try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return StageRow(
+        stage="backbone",
+        seconds=None if last is None else last["seconds"],
+        peak_gpu_bytes=peak_gpu_bytes(),
+        samples_per_s=None if last is None else last["tokens_per_s"],
+        sample="token",
+        final_metrics={"stages": stages, "exact_match": [asdict(score) for score in scores]},
+    )

@@ -1,0 +1,66 @@
+"""training.json: one row a stage of training, in the shape of all our result files; each adds its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULT_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """Of one stage: backbone, dump, indexer or calibrate."""
+
+    stage: str
+    seconds: float | None
+    peak_gpu_bytes: int | None  # None without a GPU
+    samples_per_s: float | None
+    sample: str  # what is counted
+    final_metrics: Mapping[str, Any]
+
+
+def write_row(folder: Path, row: StageRow, *, what: str, config: Mapping[str, Any]) -> None:
+    """Add the row to `folder`/training.json, in place of an earlier one of the same stage."""
+    path = folder / RESULT_FILE
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = [one for one in earlier.get("rows", []) if one["stage"] != row.stage]
+    body = {
+        "what": what,
+        "command": "forepage " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device(),
+        "ceilings": {},
+        "config": earlier.get("config", {}) | {row.stage: dict(config)},
+        "rows": [*rows, asdict(row)],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def peak_gpu_bytes() -> int | None:
+    """Of this process so far."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def device() -> dict[str, Any]:
+    """What measured."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "torch": torch.__version__}
+
+
+def commit() -> str | None:
+    """Of the checkout, if it is one."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
