@@ -17,14 +17,11 @@ from forepage_kernels.jit import jit
 
 FP4_PER_WORD = 4
 FP8_PER_WORD = 2
-LARGEST_FP4_SCALE = 128
-LARGEST_FP8_SCALE = 134
-"""E8M0 codes (factors of 2 and 128) up to which scales are exact; the next one decodes to infinity."""
 
 
 def interleaved(x: Tensor, per_word: int) -> Tensor:
     """x [..., K] -> [..., per_word, K / per_word]: columns by their place in a word."""
-    return x.unflatten(-1, (-1, per_word)).transpose(-1, -2).contiguous()
+    return x.view(*x.shape[:-1], -1, per_word).transpose(-1, -2).contiguous()
 
 
 def words(values: Tensor) -> Tensor:
@@ -81,13 +78,10 @@ _DECODE_FP8 = tl.constexpr("""
 @jit
 def decode_fp4(packed: tl.tensor, scales: tl.tensor, BF16: tl.constexpr) -> tuple[tl.tensor, ...]:
     """Words i16 [N, W] and E8M0 codes u8 [N, W / 8] -> columns 4w, 4w + 1, 4w + 2, 4w + 3: [N, W] each."""
-    N: tl.constexpr = packed.shape[0]
-    W: tl.constexpr = packed.shape[1]
-    if BF16:
-        scale = _scale_bf16(scales, 126)
-    else:
-        scale = decode_e8m0(scales.to(tl.int32))
-    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [N, W // 8, 8]), [N, W])
+    rows: tl.constexpr = packed.shape[0]
+    words: tl.constexpr = packed.shape[1]
+    scale = _scale_bf16(scales, 126) if BF16 else decode_e8m0(scales.to(tl.int32))
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], [rows, words // 8, 8]), [rows, words])
     if BF16:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
             _DECODE_FP4,

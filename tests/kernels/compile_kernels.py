@@ -30,7 +30,6 @@ import forepage_kernels.sparse_decode.kernel as sparse_decode
 from forepage_kernels.fp8_linear import Fp8Weight
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
 from forepage_kernels.moe import Fp4Experts
-from forepage_kernels.moe.sorting import SortedPairs
 
 HOPPER = GPUTarget("cuda", 90, 32)
 OPTIONS = ("num_warps", "num_stages")
@@ -174,9 +173,9 @@ def run_moe(step: str, tile: moe.Tile, size: int = 2048, width: int = 4096) -> N
         total=1,
     )
     x, hidden = torch.zeros(2, width, dtype=BF16), torch.zeros(12, size, dtype=BF16)
-    pairs = SortedPairs(torch.zeros(12, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32))
+    pairs = moe_sorting.SortedPairs(torch.zeros(12, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32))
     if step == "sort":
-        moe.sort_pairs(i64(2, 6), first=0, num_experts=256, tile_tokens=16)
+        moe_sorting.sort_pairs(i64(2, 6), first=0, num_experts=256, tile_tokens=16)
     elif step == "gate_up":
         moe.launch_gate_up(x, experts, pairs, hidden, tile, 6, 10.0)
     elif step == "down":

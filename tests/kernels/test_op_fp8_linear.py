@@ -50,7 +50,9 @@ SHAPES = {
     "shared_w13": (4096, 4096, 1),
 }
 LARGE = [
-    Case(f"{name}-{tokens}", tokens, outputs, inputs, groups, part_rows=2048 * (name == "shared_w13"), gpu=True)
+    Case(
+        f"{name}-{tokens}", tokens, outputs, inputs, groups, part_rows=2048 * (name == "shared_w13"), gpu=True
+    )
     for name, (outputs, inputs, groups) in SHAPES.items()
     for tokens in (1, 8, 64, 256, 2048)
 ]
@@ -65,9 +67,7 @@ def make(case: Case, generator: torch.Generator) -> tuple[Tensor, Fp8Weight]:
     squares = torch.arange(rows // part * -(-part // 128)).unsqueeze(1) + torch.arange(-(-case.inputs // 128))
     middle = 127 + round(math.log2(case.inputs**-0.5 / E4M3_STD))
     scales = (squares % 3 + middle - 1).to(torch.uint8)
-    weight = Fp8Weight(
-        (magnitude | sign).view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), part
-    )
+    weight = Fp8Weight((magnitude | sign).view(torch.float8_e4m3fn), scales.view(torch.float8_e8m0fnu), part)
     return torch.randn(case.tokens, case.groups, case.inputs, generator=generator), weight
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.model.experts import DENSE_EXPERTS
 from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
-from forepage.model.moe import DENSE_EXPERTS
 from forepage.model.rank_group import ALONE, RankGroup, RankLostError
 from forepage.model.spec import ModelSpec
 from forepage.model.tensor_parallel import check_split, rank_spans

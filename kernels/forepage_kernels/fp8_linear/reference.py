@@ -21,7 +21,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, *, quantise: bool) -> Tensor:
 
 
 def simulate_fp8(x: Tensor) -> Tensor:
-    """x [..., I] rounded to e4m3 with one power-of-two scale per 128 columns; in x's dtype, which holds it."""
+    """x [..., I] rounded to e4m3 with one power-of-two scale per 128 columns, in x's dtype."""
     columns = x.shape[-1]
     padded = F.pad(x.float(), (0, -columns % FP8_TILE))  # [..., t * 128]
     rounded = decode_keys(*encode_keys(padded.reshape(-1, FP8_TILE), _GROUP), _GROUP)

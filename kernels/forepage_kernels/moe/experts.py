@@ -11,7 +11,7 @@ class Fp4Experts:
 
     w13 u8 [E, 2M, D/2] (gate over up), w13_scales u8 [E, 2M, D/32], w2 u8 [E, D, M/2], w2_scales
     u8 [E, D, M/32]. They are those from `first` on, of `total` that tokens choose among. Scale codes are at
-    most 128 (`weight_tiles.LARGEST_FP4_SCALE`).
+    most 128 (`weight_formats.LARGEST_FP4_SCALE`).
     """
 
     w13: Tensor

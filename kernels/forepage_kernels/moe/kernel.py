@@ -88,9 +88,7 @@ def launch_gate_up(
     )
 
 
-def launch_down(
-    hidden: Tensor, experts: Fp4Experts, pairs: SortedPairs, outputs: Tensor, tile: Tile
-) -> None:
+def launch_down(hidden: Tensor, experts: Fp4Experts, pairs: SortedPairs, outputs: Tensor, tile: Tile) -> None:
     """See the kernel."""
     down[(-(-experts.width // tile.rows), pairs.tiles.shape[0])](
         hidden,
@@ -110,7 +108,9 @@ def launch_down(
     )
 
 
-def launch_combine(outputs: Tensor, chosen: Tensor, weights: Tensor, experts: Fp4Experts, out: Tensor) -> None:
+def launch_combine(
+    outputs: Tensor, chosen: Tensor, weights: Tensor, experts: Fp4Experts, out: Tensor
+) -> None:
     """See the kernel."""
     num_tokens, width = out.shape
     columns = min(COMBINED_COLUMNS, next_power_of_2(width))
@@ -159,7 +159,7 @@ def gate_up(
     gate_row = expert * (2 * SIZE) + row
     gate = tl.zeros([ROWS, TOKENS], tl.float32)
     up = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in range(0, (quarter + WORDS - 1) // WORDS):
+    for step in range((quarter + WORDS - 1) // WORDS):
         first = step * WORDS
         x0, x1, x2, x3 = load_inputs(inputs, first, quarter, WORDS)
         w0, w1, w2, w3 = load_weights(w13, scales, gate_row, inside, step, quarter, WORDS, BF16)
@@ -209,7 +209,7 @@ def down(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < WIDTH
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in range(0, (quarter + WORDS - 1) // WORDS):
+    for step in range((quarter + WORDS - 1) // WORDS):
         x0, x1, x2, x3 = load_inputs(inputs, step * WORDS, quarter, WORDS)
         weight_row = expert * WIDTH + row
         v0, v1, v2, v3 = load_weights(w2, scales, weight_row, inside, step, quarter, WORDS, BF16)
@@ -252,7 +252,8 @@ def load_weights(
     packed = tl.load(values + row[:, None] * QUARTER + word[None, :], mask=mask, other=0)
     mask = inside[:, None] & (group < QUARTER // 8)[None, :]
     codes = tl.load(scales + row[:, None] * (QUARTER // 8) + group[None, :], mask=mask, other=0)
-    return decode_fp4(packed, codes, BF16)
+    w0, w1, w2, w3 = decode_fp4(packed, codes, BF16)
+    return w0, w1, w2, w3
 
 
 @jit

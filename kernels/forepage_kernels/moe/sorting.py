@@ -94,7 +94,9 @@ def place_pairs(
 
     num_each = (counts + TILE_TOKENS - 1) // TILE_TOKENS
     ends = tl.cumsum(num_each, axis=0)
-    tile_expert = tl.sum(((ends[None, :] <= mine[:, None]) & (bin_ < num_experts)[None, :]).to(tl.int32), axis=1)
+    tile_expert = tl.sum(
+        ((ends[None, :] <= mine[:, None]) & (bin_ < num_experts)[None, :]).to(tl.int32), axis=1
+    )
     is_tile = bin_[None, :] == tile_expert[:, None]
     nth = mine - tl.sum(tl.where(is_tile, (ends - num_each)[None, :], 0), axis=1)
     begin = tl.sum(tl.where(is_tile, starts[None, :], 0), axis=1) + nth * TILE_TOKENS
