@@ -1,5 +1,4 @@
 """What kernels take of quantised weights; no Triton, so that a loader can ask."""
 
 LARGEST_FP4_SCALE = 128
-LARGEST_FP8_SCALE = 134
-"""E8M0 codes (factors of 2 and 128) up to which decoding is exact; the next one decodes to infinity."""
+"""E8M0 code (a factor of 2) up to which MXFP4 is decoded exactly; the next one decodes to infinity."""

@@ -250,7 +250,6 @@ def test_fp8_experts_are_dequantised(tmp_path: Path) -> None:
     [
         ("layers.1.attn.wkv.weight", 0x7F, "holds values that are no numbers"),
         ("layers.1.attn.wkv.weight", 0xFF, "holds values that are no numbers"),
-        ("layers.1.attn.wkv.scale", 135, r"has a scale of 2\^8, more than 2\^7"),
         ("layers.1.ffn.experts.3.w1.scale", 129, r"has a scale of 2\^2, more than 2\^1"),
         ("layers.1.ffn.experts.3.w1.scale", 255, r"has a scale of 2\^128"),
     ],

@@ -17,7 +17,6 @@ class Fp8Weight:
     """values e4m3 [P * R, I] without NaN codes, scales e8m0 [P * ceil(R / 128), ceil(I / 128)].
 
     P parts of R = `part_rows` rows each have squares of their own, the last ones of a part may be cut.
-    Scale codes are at most 134 (`weight_formats.LARGEST_FP8_SCALE`).
     """
 
     values: Tensor

@@ -18,6 +18,8 @@ from forepage_kernels.moe.sorting import SortedPairs, sort_pairs
 from forepage_kernels.weight_tiles import FP4_PER_WORD, decode_fp4, interleaved, words
 
 COMBINED_COLUMNS = 1024
+INTERLEAVED_INSIDE = 64
+"""Up to so many pairs a tile, programs part a word's columns themselves: one launch less."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def moe(x: Tensor, chosen: Tensor, weights: Tensor, experts: Fp4Experts, *, limi
     hidden = x.new_empty(num_pairs, size)
     outputs = x.new_empty(num_pairs, width)
     with on_device_of(x):
-        launch_gate_up(interleaved(x, FP4_PER_WORD), experts, pairs, hidden, tile, chosen.shape[1], limit)
+        launch_gate_up(x, experts, pairs, hidden, tile, chosen.shape[1], limit)
         launch_down(hidden, experts, pairs, outputs, tile)
         launch_combine(outputs, chosen, weights, experts, out)
     return out
@@ -67,9 +69,10 @@ def tile_for(num_pairs: int, num_experts: int) -> Tile:
 def launch_gate_up(
     x: Tensor, experts: Fp4Experts, pairs: SortedPairs, hidden: Tensor, tile: Tile, choices: int, limit: float
 ) -> None:
-    """See the kernel; x is interleaved."""
+    """See the kernel; x [n, D]."""
+    is_long = tile.tokens > INTERLEAVED_INSIDE
     gate_up[(-(-experts.size // tile.rows), pairs.tiles.shape[0])](
-        x,
+        interleaved(x, FP4_PER_WORD) if is_long else x,
         pairs.order,
         pairs.tiles,
         words(experts.w13),
@@ -82,6 +85,7 @@ def launch_gate_up(
         TOKENS=tile.tokens,
         ROWS=tile.rows,
         WORDS=tile.words,
+        INTERLEAVED=is_long,
         BF16=x.is_cuda and x.dtype == torch.bfloat16,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -142,9 +146,10 @@ def gate_up(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BF16: tl.constexpr,
 ) -> None:
-    """x [n, 4, D / 4] -> hidden [P, 4, M / 4] in sorted order, both with columns by their place in a word."""
+    """x [n, D], or [n, 4, D / 4] by place in a word -> hidden [P, 4, M / 4], sorted as `order` is."""
     quarter: tl.constexpr = WIDTH // 4
     tile = tiles + tl.program_id(1) * 3
     expert = tl.load(tile).to(tl.int64)
@@ -161,7 +166,7 @@ def gate_up(
     up = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range((quarter + WORDS - 1) // WORDS):
         first = step * WORDS
-        x0, x1, x2, x3 = load_inputs(inputs, first, quarter, WORDS)
+        x0, x1, x2, x3 = load_inputs(inputs, first, quarter, TOKENS, WORDS, INTERLEAVED)
         w0, w1, w2, w3 = load_weights(w13, scales, gate_row, inside, step, quarter, WORDS, BF16)
         gate = dot4(w0, w1, w2, w3, x0, x1, x2, x3, gate)
         w0, w1, w2, w3 = load_weights(w13, scales, gate_row + SIZE, inside, step, quarter, WORDS, BF16)
@@ -210,7 +215,7 @@ def down(
     inside = row < WIDTH
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range((quarter + WORDS - 1) // WORDS):
-        x0, x1, x2, x3 = load_inputs(inputs, step * WORDS, quarter, WORDS)
+        x0, x1, x2, x3 = load_inputs(inputs, step * WORDS, quarter, TOKENS, WORDS, True)
         weight_row = expert * WIDTH + row
         v0, v1, v2, v3 = load_weights(w2, scales, weight_row, inside, step, quarter, WORDS, BF16)
         acc = dot4(v0, v1, v2, v3, x0, x1, x2, x3, acc)
@@ -222,15 +227,27 @@ def down(
 
 @jit
 def load_inputs(
-    inputs: tl.tensor, first: tl.tensor, QUARTER: tl.constexpr, WORDS: tl.constexpr
+    inputs: tl.tensor,
+    first: tl.tensor,
+    QUARTER: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
     """Columns of WORDS words from word `first` on, of rows at `inputs` [T, 1]: [T, WORDS] for each place."""
-    word = first + tl.arange(0, WORDS)
-    mask = (word < QUARTER)[None, :]
-    x0 = tl.load(inputs + word[None, :], mask=mask, other=0.0)
-    x1 = tl.load(inputs + QUARTER + word[None, :], mask=mask, other=0.0)
-    x2 = tl.load(inputs + 2 * QUARTER + word[None, :], mask=mask, other=0.0)
-    x3 = tl.load(inputs + 3 * QUARTER + word[None, :], mask=mask, other=0.0)
+    if INTERLEAVED:
+        word = first + tl.arange(0, WORDS)
+        mask = (word < QUARTER)[None, :]
+        x0 = tl.load(inputs + word[None, :], mask=mask, other=0.0)
+        x1 = tl.load(inputs + QUARTER + word[None, :], mask=mask, other=0.0)
+        x2 = tl.load(inputs + 2 * QUARTER + word[None, :], mask=mask, other=0.0)
+        x3 = tl.load(inputs + 3 * QUARTER + word[None, :], mask=mask, other=0.0)
+    else:
+        column = first * 4 + tl.arange(0, WORDS * 4)
+        columns = tl.load(inputs + column[None, :], mask=(column < QUARTER * 4)[None, :], other=0.0)
+        low, high = tl.split(tl.reshape(columns, [TOKENS, WORDS, 2, 2]))
+        x0, x2 = tl.split(low)
+        x1, x3 = tl.split(high)
     return x0, x1, x2, x3
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forepage.model.stored_form import Form, Unit
-from forepage_kernels.weight_formats import LARGEST_FP4_SCALE, LARGEST_FP8_SCALE
+from forepage_kernels.weight_formats import LARGEST_FP4_SCALE
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -37,7 +37,7 @@ class QuantisedFp8:
         """Why kernels can't compute with it as it is, if so."""
         if bool(((self.values.view(torch.uint8) & 0x7F) == 0x7F).any()):
             return "holds values that are no numbers"
-        return _too_large(self.scales, LARGEST_FP8_SCALE)
+        return None
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """[O, I] of this dtype, on the same device."""
@@ -65,7 +65,8 @@ class QuantisedFp4:
 
     def undecodable(self) -> str | None:
         """Why kernels can't compute with it as it is, if so."""
-        return _too_large(self.scales, LARGEST_FP4_SCALE)
+        found, largest = int(self.scales.view(torch.uint8).max()), LARGEST_FP4_SCALE
+        return None if found <= largest else f"has a scale of 2^{found - 127}, more than 2^{largest - 127}"
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """[O, I] of this dtype, on the same device."""
@@ -88,11 +89,6 @@ def dequantised(stored: Stored, dtype: torch.dtype) -> Tensor:
 def _scale_unit(form: Form) -> Unit:
     assert form.scales is not None
     return form.scales
-
-
-def _too_large(scales: Tensor, largest: int) -> str | None:
-    found = int(scales.view(torch.uint8).max())
-    return None if found <= largest else f"has a scale of 2^{found - 127}, more than 2^{largest - 127}"
 
 
 def _unit_of_each(count: int, offset: int, unit: int, device: torch.device) -> Tensor:
