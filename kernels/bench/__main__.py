@@ -24,6 +24,7 @@ from bench.report import Row, result_row, table, write
 from bench.scoring import scoring_cases
 from bench.timing import time_us
 from bench.transfers import transfer_cases
+from bench.weights import weight_cases
 
 ARENA_BYTES = 2 << 30
 SEED = 0
@@ -41,7 +42,13 @@ def main(
     ceilings = measure_ceilings(device)
     rows: list[Row] = []
     with registered_arena(ARENA_BYTES) as arena, torch.inference_mode():
-        for cases in (transfer_cases(arena, device), scoring_cases(device), attention_cases(device)):
+        groups = (
+            transfer_cases(arena, device),
+            scoring_cases(device),
+            attention_cases(device),
+            weight_cases(device),
+        )
+        for cases in groups:
             for case in cases:
                 if only and case.kernel not in only:
                     continue

@@ -96,7 +96,8 @@ def check(
         return
     try:
         # The question is about GPUs, so a dtype left to us is theirs unless the worker is to use the CPU.
-        report = ModelReport.read(model_dir, settings.model.weight_dtype.on(settings.model.device))
+        device = "cpu" if settings.model.device == "cpu" else "cuda"
+        report = ModelReport.read(model_dir, settings.model.weight_dtype, device)
         print_report(report, settings, Budget(gpu_bytes, host_bytes or _memory_bytes()), ranks)
     except ForepageError as error:
         _fail(f"forepage check: {error}", FAILED)

@@ -17,8 +17,9 @@ from forepage.errors import ModelFormatError
 from forepage.kv.geometry import MXFP4_GROUP, KeyFormat, KvFormat, KvGeometry
 from forepage.model.checkpoint import Checkpoint, weight_files
 from forepage.model.footprint import SequenceFootprint, held_bytes, kv_cost, rank_bytes, sequence_footprint
+from forepage.model.held_form import HeldForm
 from forepage.model.spec import MEMORY_INDEXER_CONFIG, ModelSpec, read_config
-from forepage.model.stored_form import StoredTensor, announced_tensors
+from forepage.model.stored_form import StoredTensor, announced_tensors, is_quantised
 from forepage.model.tensor_parallel import can_split
 from forepage.model.weight_table import MTP_PREFIX
 from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtype, WorkerSettings
@@ -72,13 +73,15 @@ class ModelReport:
     weights: Mapping[str, Mapping[int, int]]
 
     @classmethod
-    def read(cls, folder: Path, weight_dtype: WeightDtype) -> "ModelReport":
-        """Weights would be held as `weight_dtype`, which is not auto.
+    def read(cls, folder: Path, weight_dtype: WeightDtype, device: str) -> "ModelReport":
+        """Weights would be held as `weight_dtype` means it on a device of this type.
 
         Raises: ModelFormatError as a load would, before any data is read.
         """
         config = read_config(folder)
         spec = ModelSpec.from_config(config)
+        weight_dtype = weight_dtype.on(device, quantised=is_quantised(config))
+        form = HeldForm.of(weight_dtype, device)
         files = weight_files(folder)
         if files:
             checkpoint = Checkpoint.open(folder, spec)
@@ -96,7 +99,7 @@ class ModelReport:
             weights={
                 "as stored": {n: rank_bytes(spec, stored, n) for n in RANKS if can_split(spec, n)},
                 f"held as {weight_dtype}": {
-                    n: held_bytes(spec, n, weight_dtype) for n in RANKS if can_split(spec, n)
+                    n: held_bytes(spec, n, form, stored) for n in RANKS if can_split(spec, n)
                 },
             },
         )
@@ -271,7 +274,7 @@ def _host_table(report: ModelReport, settings: WorkerSettings, host_bytes: int) 
 
 def _fine_print(settings: WorkerSettings) -> str:
     return (
-        "A worker of this version holds weights dequantised (FOREPAGE_MODEL__WEIGHT_DTYPE), not as stored.\n"
+        "A worker holds weights as FOREPAGE_MODEL__WEIGHT_DTYPE says; head, router and compressors in fp32.\n"
         f"Fits: budget {settings.budget_blocks} blocks, {settings.recent_tokens} recent tokens, "
         f"{settings.load_slack_blocks} blocks of slack; window and compressor state counted; nothing is set "
         "aside for activations.\n"

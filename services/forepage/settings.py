@@ -54,11 +54,17 @@ class WeightDtype(StrEnum):
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
+    STORED = "stored"
 
-    def on(self, device: str) -> "WeightDtype":
-        """What it is on a device of this type: left to us, bf16 on a GPU and fp32 on a CPU."""
-        if self is not WeightDtype.AUTO:
+    def on(self, device: str, *, quantised: bool) -> "WeightDtype":
+        """What it is on a device of this type, for a checkpoint that is quantised or not.
+
+        Left to us: on a GPU as stored, on a CPU fp32. Plain matrices are bf16 on a GPU, fp32 on a CPU.
+        """
+        if self in (WeightDtype.FP32, WeightDtype.BF16):
             return self
+        if quantised and (self is WeightDtype.STORED or device != "cpu"):
+            return WeightDtype.STORED
         return WeightDtype.FP32 if device == "cpu" else WeightDtype.BF16
 
 
@@ -84,7 +90,9 @@ class ModelSettings(_Section):
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="where the worker computes")
     weight_dtype: WeightDtype = Field(
-        WeightDtype.AUTO, description="what matrices are held in: auto is bf16 on a GPU, fp32 on a CPU"
+        WeightDtype.AUTO,
+        description="what matrices are held in: fp32, bf16, or stored (FP8 and MXFP4 stay as they are); "
+        "auto is stored on a GPU, fp32 on a CPU",
     )
     memory_indexer: Path | None = Field(
         None, description="memory indexer, .safetensors or .pt; none: memory_indexer.safetensors in path"

@@ -18,18 +18,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import forepage_kernels.compress_quantize.kernel as compress_quantize
+import forepage_kernels.fp8_linear.kernel as fp8_linear
 import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
+import forepage_kernels.moe.kernel as moe
+import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
 import forepage_kernels.select_topk.kernel as select_topk
 import forepage_kernels.sparse_decode.kernel as sparse_decode
+from forepage_kernels.fp8_linear import Fp8Weight
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
+from forepage_kernels.moe import Fp4Experts
 
 HOPPER = GPUTarget("cuda", 90, 32)
 OPTIONS = ("num_warps", "num_stages")
 POINTERS = {
     torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float32: "*fp32",
@@ -155,8 +162,41 @@ def run_compress_quantize(pool: RowPool | KeyPool, tokens: int) -> None:
     )
 
 
+def run_moe(step: str, tile: moe.Tile, size: int = 2048, width: int = 4096) -> None:
+    """One expert; the pairs' values do not matter to a compiler."""
+    experts = Fp4Experts(
+        torch.zeros(1, 2 * size, width // 2, dtype=torch.uint8),
+        torch.zeros(1, 2 * size, width // 32, dtype=torch.uint8),
+        torch.zeros(1, width, size // 2, dtype=torch.uint8),
+        torch.zeros(1, width, size // 32, dtype=torch.uint8),
+        first=0,
+        total=1,
+    )
+    x, hidden = torch.zeros(2, width, dtype=BF16), torch.zeros(12, size, dtype=BF16)
+    pairs = moe_sorting.SortedPairs(torch.zeros(12, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32))
+    if step == "sort":
+        moe_sorting.sort_pairs(i64(2, 6), first=0, num_experts=256, tile_tokens=16)
+    elif step == "gate_up":
+        moe.launch_gate_up(x, experts, pairs, hidden, tile, 6, 10.0)
+    elif step == "down":
+        moe.launch_down(hidden, experts, pairs, torch.zeros(12, width, dtype=BF16), tile)
+    else:
+        outputs, out = torch.zeros(12, width, dtype=BF16), torch.zeros(2, width)
+        moe.launch_combine(outputs, i64(2, 6), torch.zeros(2, 6), experts, out)
+
+
+def run_fp8_linear(tokens: int, outputs: int, inputs: int, *, quantise: bool = False) -> None:
+    weight = Fp8Weight(
+        torch.zeros(outputs, inputs, dtype=torch.float8_e4m3fn),
+        torch.zeros(-(-outputs // 128), -(-inputs // 128), dtype=torch.float8_e8m0fnu),
+        part_rows=outputs,
+    )
+    fp8_linear.fp8_linear(torch.zeros(tokens, 1, inputs, dtype=BF16), weight, quantise=quantise)
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 Variant = tuple[ModuleType, str, Callable[[], None]]
+"""A module, its kernels that are launched (by name, between blanks), and what launches them."""
 VARIANTS: dict[str, Variant] = {
     "gather_blocks": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(987_008)),
     "gather_blocks-odd": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(1008)),
@@ -218,19 +258,44 @@ VARIANTS: dict[str, Variant] = {
         "close_entry",
         lambda: run_compress_quantize(key_pool(MXFP4_KEY), 8),
     ),
+    "moe-sort": (moe_sorting, "place_pairs", lambda: run_moe("sort", moe.TILES[0])),
+    "moe-combine": (moe, "combine", lambda: run_moe("combine", moe.TILES[0])),
+    "moe-odd": (moe, "gate_up", lambda: run_moe("gate_up", moe.TILES[0], size=96, width=160)),
+    **{
+        f"moe-{step}-{tile.tokens}": (moe, step, lambda step=step, tile=tile: run_moe(step, tile))  # type: ignore[misc]
+        for step in ("gate_up", "down")
+        for tile in moe.TILES
+    },
+    **{
+        f"fp8_linear-{tile.tokens}": (
+            fp8_linear,
+            "multiply_words add_sums",
+            lambda tile=tile: run_fp8_linear(tile.tokens, 16_384, 1024),  # type: ignore[misc]
+        )
+        for tile in fp8_linear.TILES
+    },
+    "fp8_linear-odd": (fp8_linear, "multiply_words add_sums", lambda: run_fp8_linear(3, 16_385, 1026)),
+    "fp8_linear-fp8": (
+        fp8_linear,
+        "quantise_rows multiply_fp8",
+        lambda: run_fp8_linear(512, 16_384, 1024, quantise=True),
+    ),
+    "fp8_linear-sums": (fp8_linear, "multiply_words add_sums", lambda: run_fp8_linear(3, 1024, 4096)),
 }
 
 
 def main() -> None:
     """Compile all variants, print their shared memory."""
     shared_bytes = {}
-    for name, (module, kernel_name, launch) in VARIANTS.items():
-        kernel = getattr(module, kernel_name)
-        compiler = CompilerInsteadOfLaunch(kernel)
-        setattr(module, kernel_name, compiler)
+    for name, (module, kernel_names, launch) in VARIANTS.items():
+        kernels = {kernel: getattr(module, kernel) for kernel in kernel_names.split()}
+        compilers = [CompilerInsteadOfLaunch(kernel) for kernel in kernels.values()]
+        for kernel, compiler in zip(kernels, compilers, strict=True):
+            setattr(module, kernel, compiler)
         launch()
-        setattr(module, kernel_name, kernel)
-        shared_bytes[name] = compiler.shared_bytes
+        for kernel, original in kernels.items():
+            setattr(module, kernel, original)
+        shared_bytes[name] = max(compiler.shared_bytes for compiler in compilers)
     print(json.dumps(shared_bytes))
 
 

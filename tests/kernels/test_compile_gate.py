@@ -16,6 +16,8 @@ OPS = (
     "select_topk",
     "sparse_decode",
     "compress_quantize",
+    "moe",
+    "fp8_linear",
 )
 
 

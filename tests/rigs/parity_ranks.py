@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from forepage.kv.geometry import KvFormat, KvGeometry
+from forepage.model.experts import DENSE_EXPERTS
 from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
-from forepage.model.moe import DENSE_EXPERTS
 from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer

@@ -7,6 +7,7 @@ import torch
 
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.footprint import held_bytes
+from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
@@ -49,7 +50,7 @@ def test_load_to_a_gpu_leaves_the_same_bits_and_takes_little_more(folder: Path, 
     geometry = KvGeometry.from_config(CONFIG, KvFormat.FP8)
     model = Transformer(spec, geometry, weights, device)
     peak = torch.cuda.max_memory_allocated() - before
-    announced = held_bytes(spec, 1, held)
+    announced = held_bytes(spec, 1, HeldForm.of(held))
     assert announced > 200_000_000
     assert announced <= peak <= announced + OVERHEAD_BYTES
     assert model.spec is spec

@@ -12,6 +12,7 @@ from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.checkpoint import Checkpoint
 from forepage.model.checkpoint_reader import CheckpointReader
 from forepage.model.compressor import Compressor
+from forepage.model.experts import PlainExperts
 from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
 from forepage.model.moe import MixtureOfExperts
 from forepage.model.quantised import QuantisedFp4, QuantisedFp8
@@ -173,8 +174,9 @@ def test_what_the_model_fuses_already_lies_together(folder: Path) -> None:
     moe = MixtureOfExperts.from_weights(weights, "layers.0.ffn.", SPEC)
     names = fused_names(SPEC)[0]
     fused = side_by_side([weights[name] for name in names])
-    assert torch.equal(moe.w13, fused.view(moe.w13.shape))
-    assert moe.w13.data_ptr() == weights[names[0]].data_ptr()
+    assert isinstance(moe.experts, PlainExperts)
+    assert torch.equal(moe.experts.w13, fused.view(moe.experts.w13.shape))
+    assert moe.experts.w13.data_ptr() == weights[names[0]].data_ptr()
     prefix = "layers.2.attn.indexer.compressor."
     compressor = Compressor.from_weights(weights, prefix, 4, SPEC)
     both = torch.cat([weights[f"{prefix}{name}.weight"] for name in ("wkv", "wgate")])

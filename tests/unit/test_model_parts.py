@@ -12,9 +12,10 @@ import forepage.model
 from forepage.kv.geometry import C4_RATIO, C128_RATIO
 from forepage.model.compressor import Compressor, EntryTarget
 from forepage.model.dense_attention import attend_masked, closed_mask, selection_mask, window_mask
+from forepage.model.experts import DENSE_EXPERTS
 from forepage.model.hyper_connections import HyperConnection, HyperHead, expand
 from forepage.model.indexer import Indexer, IndexerQuery
-from forepage.model.moe import DENSE_EXPERTS, MixtureOfExperts
+from forepage.model.moe import MixtureOfExperts
 from forepage.model.norm import rms_norm
 from forepage.model.rope import RopeFrequencies, inverse_frequencies, rotation, yarn_frequencies
 from forepage.model.spec import ModelSpec, read_config

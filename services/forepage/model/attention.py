@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from forepage.model.branch import C4Branch, C128Branch, DecodeRows, PrefillRows, Pulls, branch_of
@@ -21,6 +20,7 @@ from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.step import DecodeStep, PrefillStep, TokenRopes
+from forepage.model.weight_matrix import WeightMatrix, matrix_of
 from forepage_kernels.compress_quantize import compress_quantize
 from forepage_kernels.gather_rows import gather_rows
 from forepage_kernels.layout import RowPool, load_rows
@@ -48,15 +48,16 @@ class Attention:
     """
 
     layer: int
-    wq_a: Tensor  # [q_lora, D]
-    wq_b: Tensor  # [H * d, q_lora]
-    wkv: Tensor  # [d, D]
-    wo_a: Tensor  # [G, o_lora, H * d / G]
-    wo_b: Tensor  # [D, G * o_lora]
+    wq_a: WeightMatrix  # [q_lora, D]
+    wq_b: WeightMatrix  # [H * d, q_lora]
+    wkv: WeightMatrix  # [d, D]
+    wo_a: WeightMatrix  # [G * o_lora, H * d / G]
+    wo_b: WeightMatrix  # [D, G * o_lora]
     q_norm: Tensor  # f32 [q_lora]
     kv_norm: Tensor  # f32 [d]
     sinks: Tensor  # f32 [H]
     branch: C4Branch | C128Branch | None
+    dtype: torch.dtype
     spec: ModelSpec
     ranks: RankGroup
 
@@ -67,20 +68,18 @@ class Attention:
         """Read `layers.{layer}.attn.*`, the rank's parts."""
         prefix = f"layers.{layer}.attn."
 
-        def matrix(name: str) -> Tensor:
-            return weights[f"{prefix}{name}.weight"]
-
         return cls(
             layer=layer,
-            wq_a=matrix("wq_a"),
-            wq_b=matrix("wq_b"),
-            wkv=matrix("wkv"),
-            wo_a=matrix("wo_a").view(spec.o_groups // ranks.num_ranks, spec.o_lora_rank, -1),
-            wo_b=matrix("wo_b"),
-            q_norm=matrix("q_norm"),
-            kv_norm=matrix("kv_norm"),
+            wq_a=matrix_of(weights, f"{prefix}wq_a"),
+            wq_b=matrix_of(weights, f"{prefix}wq_b"),
+            wkv=matrix_of(weights, f"{prefix}wkv"),
+            wo_a=matrix_of(weights, f"{prefix}wo_a"),
+            wo_b=matrix_of(weights, f"{prefix}wo_b"),
+            q_norm=weights[f"{prefix}q_norm.weight"],
+            kv_norm=weights[f"{prefix}kv_norm.weight"],
             sinks=weights[f"{prefix}attn_sink"],
             branch=branch_of(weights, layer, spec),
+            dtype=weights["embed.weight"].dtype,
             spec=spec,
             ranks=ranks,
         )
@@ -140,8 +139,8 @@ class Attention:
 
     def _query(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         """x [n, D] -> queries [n, H, d], and the normed latent [n, q_lora] that the indexer reads too."""
-        latent = rms_norm(F.linear(x, self.wq_a), self.q_norm, self.spec.norm_eps)
-        q = F.linear(latent, self.wq_b).view(x.shape[0], self._num_heads, self.spec.head_dim)
+        latent = rms_norm(self.wq_a.linear(x), self.q_norm, self.spec.norm_eps)
+        q = self.wq_b.linear(latent).view(x.shape[0], self._num_heads, self.spec.head_dim)
         q = rope.per_head().apply(unit_rms(q, self.spec.norm_eps))
         return q.to(x.dtype), latent
 
@@ -172,7 +171,7 @@ class Attention:
 
     def _store_window(self, x: Tensor, rope: Rotation, pool: RowPool, slots: Tensor) -> None:
         """Store the tokens' own rows: x [n, D], slots i64 [n]."""
-        kv = F.linear(x, self.wkv).float().unsqueeze(1)  # [n, 1, d]: a window of one token
+        kv = self.wkv.linear(x).float().unsqueeze(1)  # [n, 1, d]: a window of one token
         gate = torch.zeros_like(kv)
         dims, eps = self.spec.rope_dims, self.spec.norm_eps
         compress_quantize(kv, gate, self.kv_norm, rope.cos, rope.sin, pool, slots, rope_dims=dims, eps=eps)
@@ -183,10 +182,10 @@ class Attention:
         The second sums over all ranks' groups: each rank's product leaves its matrix multiply in the model's
         dtype, the sum of them is in fp32 and rounded once.
         """
-        plain = rope.per_head().undo(attended).to(self.wo_a.dtype)
-        groups = plain.reshape(plain.shape[0], self.wo_a.shape[0], -1)  # [n, G, H * d / G]
-        latent = torch.einsum("ngi,gri->ngr", groups, self.wo_a)
-        partial = F.linear(latent.flatten(1), self.wo_b)
+        plain = rope.per_head().undo(attended).to(self.dtype)
+        num_groups = self.spec.o_groups // self.ranks.num_ranks
+        latent = self.wo_a.grouped_linear(plain.reshape(plain.shape[0], num_groups, -1))  # [n, G, o_lora]
+        partial = self.wo_b.linear(latent.flatten(1))
         if self.ranks.num_ranks == 1:
             return partial
         return self.ranks.all_reduce(partial.float()).to(partial.dtype)

@@ -63,6 +63,30 @@ class CheckpointReader:
             plain = part if isinstance(part, Tensor) else part.dequantise(out.dtype)
             out[tile.start - span.rows.start : tile.stop - span.rows.start].copy_(plain)
 
+    def read_stored_into(self, values: Tensor, scales: Tensor, name: str, span: Span) -> None:
+        """Copy a quantised tensor's part, which starts with a scale, into tensors of its stored dtypes.
+
+        Raises: as `read`; ModelFormatError for what kernels don't decode: values that are no numbers, and
+        scales far beyond any trained weight's.
+        """
+        for tile in _tiles(self._tensors[name], span.rows):
+            # Scales are read with each tile again: a tile may be part of a square.
+            part = self._read(name, Span(tile, span.columns))
+            assert not isinstance(part, Tensor)
+            self._check_decodable(name, part)
+            first_row = tile.start - span.rows.start
+            values[first_row : first_row + part.values.shape[0]].copy_(part.values)
+            first_scale = first_row // part.unit.rows
+            scales[first_scale : first_scale + part.scales.shape[0]].copy_(part.scales)
+
+    def _check_decodable(self, name: str, part: QuantisedFp8 | QuantisedFp4) -> None:
+        problem = part.undecodable()
+        if problem is not None:
+            raise ModelFormatError(
+                f"{self._tensors[name].path}: {name} {problem}: "
+                "it can't be held as stored, set FOREPAGE_MODEL__WEIGHT_DTYPE to bf16 or fp32"
+            )
+
     def _read(self, name: str, span: Span) -> Stored:
         tensor = self._tensors[name]
         form = allowed_forms(self._table[name].role)[tensor.stored.dtype]

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvGeometry
+from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec
 from forepage.model.stored_form import Span, StoredTensor, stored_parts
 from forepage.model.tensor_parallel import rank_span
-from forepage.model.weight_table import WeightEntry, fixed_dtype, weight_table
-from forepage.settings import ResidencyMode, WeightDtype, WorkerSettings
+from forepage.model.weight_table import WeightEntry, weight_table
+from forepage.settings import ResidencyMode, WorkerSettings
 
 TAIL_BLOCKS = 4
 """Always resident beyond `recent_tokens`: the tail's two ragged ends and a late commit's growth."""
 RESUME_POINTS = 2
 """Resume records beside the periodic ones: at the end of the prompt and of the answer."""
-_DTYPES = {WeightDtype.FP32: "F32", WeightDtype.BF16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,17 @@ def rank_bytes(spec: ModelSpec, stored: Mapping[str, StoredTensor], num_ranks: i
     return _largest_rank(spec, num_ranks, size)
 
 
-def held_bytes(spec: ModelSpec, num_ranks: int, dtype: WeightDtype) -> int:
-    """Most bytes that a rank holds of the weights once loaded (`can_split` must hold, `dtype` not auto)."""
+def held_bytes(
+    spec: ModelSpec, num_ranks: int, form: HeldForm, stored: Mapping[str, StoredTensor] | None = None
+) -> int:
+    """Most bytes that a rank holds of the weights once loaded (`can_split` must hold).
+
+    `stored`: the checkpoint's tensors; none: plain ones.
+    """
 
     def size(name: str, entry: WeightEntry, span: Span) -> int:
-        del name
-        held = StoredTensor(fixed_dtype(entry.role) or _DTYPES[dtype], span.shape(len(entry.shape)))
-        return held.num_bytes
+        dtype = None if stored is None else stored[name].dtype
+        return sum(part.num_bytes for _, part in form.parts(name, entry, dtype, span))
 
     return _largest_rank(spec, num_ranks, size)
 

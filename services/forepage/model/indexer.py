@@ -19,6 +19,7 @@ from forepage.kv.geometry import C4_RATIO
 from forepage.model.compressor import Compressor
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
+from forepage.model.weight_matrix import WeightMatrix, matrix_of
 from forepage_kernels.layout import KeyLayout, KeyPool, hadamard, load_rows
 from forepage_kernels.mxfp4 import simulate_mxfp4
 from forepage_kernels.native_indexer import native_indexer
@@ -59,7 +60,7 @@ class IndexerTap:
 class Indexer:
     """One c4 layer's indexer: wq_b [H * D, q_lora], w_heads [H, hidden]."""
 
-    wq_b: Tensor
+    wq_b: WeightMatrix
     w_heads: Tensor
     compressor: Compressor
     spec: ModelSpec
@@ -68,7 +69,7 @@ class Indexer:
     def from_weights(cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec) -> "Indexer":
         """Read `{prefix}wq_b`, `weights_proj` and `compressor.*`."""
         return cls(
-            wq_b=weights[f"{prefix}wq_b.weight"],
+            wq_b=matrix_of(weights, f"{prefix}wq_b"),
             w_heads=weights[f"{prefix}weights_proj.weight"],
             compressor=Compressor.from_weights(weights, f"{prefix}compressor.", C4_RATIO, spec),
             spec=spec,
@@ -77,7 +78,7 @@ class Indexer:
     def query(self, x: Tensor, q_latent: Tensor, rope: Rotation, *, keys: KeyLayout) -> IndexerQuery:
         """x [n, hidden], q_latent [n, q_lora] (the attention's, after its norm); to score `keys` with."""
         heads, dims = self.spec.index_heads, self.spec.index_dims
-        query = F.linear(q_latent, self.wq_b).float().view(-1, heads, dims)  # [n, H, D]
+        query = self.wq_b.linear(q_latent).float().view(-1, heads, dims)  # [n, H, D]
         query = rope.per_head().apply(query)
         scale = dims**-0.5 * heads**-0.5
         weights = F.linear(x, self.w_heads).float() * scale  # [n, H]

@@ -1,24 +1,21 @@
 """Mixture of experts: hash-routed in the first layers, score-routed after them, one shared expert always on.
 
-Routing runs in fp32. No path reads a value back to the host, so a decode step can be captured in a graph:
-with few experts each one runs on every token; with many, tokens are sorted by expert for a grouped product.
+Routing runs in fp32. No path reads a value back to the host, so a decode step can be captured in a graph.
 Source: DeepSeek-V4 (sqrt-softplus scores, selection-only bias, clamped SwiGLU; the shared expert clamps too).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forepage.model.experts import Experts, clamped_swiglu, experts_of
 from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.spec import ModelSpec
 from forepage.model.tensor_parallel import rank_experts
-from forepage.model.weights import side_by_side
+from forepage.model.weight_matrix import WeightMatrix, matrix_of
 
-DENSE_EXPERTS = 16
-"""Up to so many experts, all run on all tokens: cheaper than sorting, which small models would feel."""
 _MIN_WEIGHT_SUM = 1e-20
 
 
@@ -49,18 +46,16 @@ class Gate:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """One layer's feed-forward: experts w13 [E, 2M, D] (gate over up), w2 [E, D, M], and the shared one.
+    """One layer's feed-forward: the rank's routed experts, and the shared one (w13: gate over up).
 
-    Of several ranks each has E whole experts of its own, from `first_expert` on, and all of the rest.
+    Of several ranks each has whole experts of its own, and all of the rest.
     """
 
     gate: Gate
-    w13: Tensor
-    w2: Tensor
-    shared_w13: Tensor
-    shared_w2: Tensor
+    experts: Experts
+    shared_w13: WeightMatrix
+    shared_w2: WeightMatrix
     spec: ModelSpec
-    first_expert: int
     ranks: RankGroup
 
     @classmethod
@@ -74,60 +69,20 @@ class MixtureOfExperts:
             expert_ids=weights.get(f"{prefix}gate.tid2eid"),
             spec=spec,
         )
-
-        mine = rank_experts(spec, ranks.rank, ranks.num_ranks)
-        experts = [f"{prefix}experts.{e}." for e in mine]
-        gate_and_up = [weights[f"{expert}{w}.weight"] for expert in experts for w in ("w1", "w3")]
-        shared = [weights[f"{prefix}shared_experts.{w}.weight"] for w in ("w1", "w3")]
+        shared = f"{prefix}shared_experts."
         return cls(
             gate=gate,
-            w13=side_by_side(gate_and_up).view(len(mine), 2 * spec.expert_size, -1),
-            w2=side_by_side([weights[f"{expert}w2.weight"] for expert in experts]),
-            shared_w13=side_by_side(shared).flatten(0, 1),
-            shared_w2=weights[f"{prefix}shared_experts.w2.weight"],
+            experts=experts_of(weights, prefix, spec, rank_experts(spec, ranks.rank, ranks.num_ranks)),
+            shared_w13=matrix_of(weights, f"{shared}w1", f"{shared}w3"),
+            shared_w2=matrix_of(weights, f"{shared}w2"),
             spec=spec,
-            first_expert=mine.start,
             ranks=ranks,
         )
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x [n, D], tokens i64 [n] -> [n, D]."""
-        experts, weights = self.gate.route(x, tokens)
-        run = self._dense if self.spec.num_experts <= DENSE_EXPERTS else self._grouped
-        shared = F.linear(self._activate(F.linear(x, self.shared_w13)), self.shared_w2)
-        routed = self.ranks.all_reduce(run(x, experts, weights))  # fp32; the shared expert is added once
-        return (routed + shared.float()).to(x.dtype)
-
-    def _dense(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Every expert of the rank on every token, unchosen ones weighted zero -> f32 [n, D]."""
-        shape = (x.shape[0], self.spec.num_experts)
-        share = torch.zeros(shape, device=x.device).scatter_add(-1, experts, weights)
-        share = share[:, self.first_expert : self.first_expert + self.w2.shape[0]]  # [n, E]
-        hidden = self._activate(torch.matmul(x, self.w13.transpose(-1, -2)))  # [E, n, M]
-        outputs = torch.bmm(hidden, self.w2.transpose(-1, -2))  # [E, n, D]
-        return torch.einsum("end,ne->nd", outputs.float(), share)
-
-    def _grouped(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Tokens sorted by expert, one grouped product per matrix -> f32 [n, D].
-
-        Other ranks' choices sort behind the last group, where the products leave memory as it was: zeroed.
-        """
-        num_chosen, num_mine = experts.shape[-1], self.w2.shape[0]
-        local = experts.flatten() - self.first_expert  # [n*k]
-        local = torch.where((local >= 0) & (local < num_mine), local, num_mine)
-        by_expert = local.argsort(stable=True)  # [n*k]
-        ids = torch.arange(num_mine, device=x.device)
-        ends = (local == ids.unsqueeze(1)).sum(1).cumsum(0).to(torch.int32)  # [E]
-        inputs = x[by_expert // num_chosen]  # [n*k, D]
-        hidden = self._activate(F.grouped_mm(inputs, self.w13.transpose(-1, -2), offs=ends))
-        sorted_outputs = F.grouped_mm(hidden, self.w2.transpose(-1, -2), offs=ends)  # [n*k, D]
-        is_mine = (local[by_expert] < num_mine).unsqueeze(1)
-        sorted_outputs = torch.where(is_mine, sorted_outputs, 0)
-        outputs = torch.empty_like(sorted_outputs).index_copy(0, by_expert, sorted_outputs)
-        return torch.einsum("nkd,nk->nd", outputs.float().view(x.shape[0], num_chosen, -1), weights)
-
-    def _activate(self, gate_up: Tensor) -> Tensor:
-        """silu(min(gate, limit)) * clamp(up, -limit, limit), in fp32: [..., 2M] -> [..., M]."""
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        limit = self.spec.swiglu_limit
-        return (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)).to(gate_up.dtype)
+        chosen, weights = self.gate.route(x, tokens)
+        hidden = clamped_swiglu(self.shared_w13.linear(x), limit=self.spec.swiglu_limit)
+        shared = self.shared_w2.linear(hidden)
+        routed = self.ranks.all_reduce(self.experts.run(x, chosen, weights))  # fp32
+        return (routed + shared.float()).to(x.dtype)  # the shared expert is added once

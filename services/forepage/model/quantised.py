@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forepage.model.stored_form import Form
+from forepage.model.stored_form import Form, Unit
+from forepage_kernels.weight_formats import LARGEST_FP4_SCALE
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -27,10 +28,20 @@ class QuantisedFp8:
     row_offset: int = 0
     column_offset: int = 0
 
+    @property
+    def unit(self) -> Unit:
+        """What a scale stands for."""
+        return _scale_unit(Form.FP8)
+
+    def undecodable(self) -> str | None:
+        """Why kernels can't compute with it as it is, if so."""
+        if bool(((self.values.view(torch.uint8) & 0x7F) == 0x7F).any()):
+            return "holds values that are no numbers"
+        return None
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """[O, I] of this dtype, on the same device."""
-        unit = Form.FP8.scales
-        assert unit is not None
+        unit = self.unit
         rows = _unit_of_each(self.values.shape[0], self.row_offset, unit.rows, self.values.device)
         columns = _unit_of_each(self.values.shape[1], self.column_offset, unit.columns, self.values.device)
         scales = self.scales.float()[rows][:, columns]  # [O, I]
@@ -47,10 +58,19 @@ class QuantisedFp4:
     values: Tensor
     scales: Tensor
 
+    @property
+    def unit(self) -> Unit:
+        """What a scale stands for."""
+        return _scale_unit(Form.FP4)
+
+    def undecodable(self) -> str | None:
+        """Why kernels can't compute with it as it is, if so."""
+        found, largest = int(self.scales.view(torch.uint8).max()), LARGEST_FP4_SCALE
+        return None if found <= largest else f"has a scale of 2^{found - 127}, more than 2^{largest - 127}"
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """[O, I] of this dtype, on the same device."""
-        unit = Form.FP4.scales
-        assert unit is not None
+        unit = self.unit
         rows, num_bytes = self.values.shape
         pairs = _nibble_pairs(self.values.device).index_select(0, self.values.flatten().int())  # [O * I/2, 2]
         columns = _unit_of_each(2 * num_bytes, 0, unit.columns, self.values.device)
@@ -64,6 +84,11 @@ Stored = Tensor | QuantisedFp8 | QuantisedFp4
 def dequantised(stored: Stored, dtype: torch.dtype) -> Tensor:
     """The tensor's values as plain numbers."""
     return stored.to(dtype) if isinstance(stored, Tensor) else stored.dequantise(dtype)
+
+
+def _scale_unit(form: Form) -> Unit:
+    assert form.scales is not None
+    return form.scales
 
 
 def _unit_of_each(count: int, offset: int, unit: int, device: torch.device) -> Tensor:

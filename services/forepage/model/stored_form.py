@@ -143,6 +143,11 @@ def announced_tensors(spec: ModelSpec, config: Mapping[str, object]) -> dict[str
     }
 
 
+def is_quantised(config: Mapping[str, object]) -> bool:
+    """Whether the config says that matrices are stored in FP8 or MXFP4."""
+    return bool(config.get("quantization_config"))
+
+
 def announced_dtype(role: Role, config: Mapping[str, object]) -> str:
     """Dtype of a tensor's values by what the config says of quantisation.
 
@@ -150,7 +155,7 @@ def announced_dtype(role: Role, config: Mapping[str, object]) -> str:
     """
     if role is Role.EXPERT_IDS:
         return "I64"
-    if role in (Role.LINEAR, Role.EXPERT) and config.get("quantization_config"):
+    if role in (Role.LINEAR, Role.EXPERT) and is_quantised(config):
         is_fp4 = role is Role.EXPERT and config.get("expert_dtype", "fp4") == "fp4"
         return "I8" if is_fp4 else "F8_E4M3"
     return "BF16" if role in _STORED_BF16 else "F32"

@@ -1,13 +1,15 @@
 """A model folder's weights as a dict from official tensor name to tensor: loaded or made from a seed.
 
 Loading takes official checkpoints (FP8, MXFP4) and plain ones, strictly: every tensor of the table, no
-other, each of the right shape and dtype; for now all become plain tensors. Each is made in the dtype and
-at the place it is used in (`fixed_dtype`, `fused_names`), so a model of them converts and copies nothing.
+other, each of the right shape and dtype. Quantised ones become plain tensors, or keep their form: then
+`X.weight` has the values and `X.scale` the scales. Each is made in the form and at the place it is used in
+(`held_form.py`, `fused_names`), so a model of them converts and copies nothing.
 Seeded weights are the same bits on every machine: they are built from uniform fp32 draws of torch's CPU
 generator, tensor by tensor in name order, with exact arithmetic after that.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +19,12 @@ from forepage.errors import ModelFormatError
 from forepage.model.checkpoint import Checkpoint, has_index
 from forepage.model.checkpoint import weight_files as weight_files  # also what a fingerprint covers
 from forepage.model.checkpoint_reader import TORCH_DTYPES, CheckpointReader
+from forepage.model.held_form import HeldForm
 from forepage.model.load_progress import shown_loading
 from forepage.model.spec import ModelSpec
-from forepage.model.stored_form import Span, stored_parts
+from forepage.model.stored_form import StoredTensor, scale_name, stored_parts
 from forepage.model.tensor_parallel import rank_spans
-from forepage.model.weight_table import Role, WeightEntry, fixed_dtype, weight_table
+from forepage.model.weight_table import Role, WeightEntry, weight_table
 
 _SPREAD: dict[Role, tuple[float, float]] = {
     Role.EMBEDDING: (0.0, 1.0),
@@ -35,25 +38,31 @@ _SPREAD: dict[Role, tuple[float, float]] = {
 """Mean and standard deviation of seeded tensors; matrices get 1/sqrt(inputs), so activations stay near 1."""
 
 
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
 def load_or_seed(
     folder: Path,
     spec: ModelSpec,
     *,
     dtype: torch.dtype,
     device: torch.device,
+    keep_stored: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> dict[str, Tensor]:
     """Load the folder's checkpoint, or seed when it has none and its config names a seed.
 
-    Of several ranks each gets its own part (`rank_span`; `check_split` must hold).
+    Plain matrices are held in `dtype`; quantised ones too, or with `keep_stored` as they are. Of several
+    ranks each gets its own part (`rank_span`; `check_split` must hold).
 
     Raises: ModelFormatError naming the tensor and file that is missing, unexpected, misshapen, of a wrong
     dtype or truncated, or `forepage_seed` when there are neither weights nor a seed.
     """
     if weight_files(folder) or has_index(folder):
         checkpoint = Checkpoint.open(folder, spec)
-        return load_checkpoint(checkpoint, spec, dtype=dtype, device=device, rank=rank, num_ranks=num_ranks)
+        form = HeldForm(_DTYPE_NAMES[dtype], keep_stored)
+        return load_checkpoint(checkpoint, spec, form=form, device=device, rank=rank, num_ranks=num_ranks)
     if spec.seed is None:
         raise ModelFormatError(f"{folder}: no *.safetensors, and config.json has no forepage_seed")
     return seeded_weights(spec, spec.seed, dtype=dtype, device=device, rank=rank, num_ranks=num_ranks)
@@ -63,21 +72,26 @@ def load_checkpoint(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     *,
-    dtype: torch.dtype,
+    form: HeldForm,
     device: torch.device,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> dict[str, Tensor]:
-    """Read the rank's part of every tensor, file by file in the order of the data, dequantised in place.
+    """Read the rank's part of every tensor, file by file in the order of the data, straight into its place.
 
     What the model fuses (`fused_names`) lies side by side in one storage, so that fusing it again is a
-    view. Memory: the result and one tile. Raises: ModelFormatError, as `load_or_seed`.
+    view. Memory: the result and one tile. Raises: ModelFormatError, as `load_or_seed`, for tensors to be
+    fused that are in different forms, and for what can't be computed with as stored (`read_stored_into`).
     """
     table = weight_table(spec)
     spans = rank_spans(spec, rank=rank, num_ranks=num_ranks)
-    weights = _allocate(spec, spans, dtype=dtype, device=device)
-    reader = CheckpointReader(checkpoint, spec)
     files = checkpoint.tensors
+    held = {
+        name: dict(form.parts(name, table[name], files[name].stored.dtype, span))
+        for name, span in spans.items()
+    }
+    weights = _allocate(spec, held, device=device)
+    reader = CheckpointReader(checkpoint, spec)
     part_bytes = {
         name: sum(
             part.num_bytes for _, part in stored_parts(name, table[name], files[name].stored.dtype, span)
@@ -87,7 +101,11 @@ def load_checkpoint(
     places = {name: (tensor.path, tensor.offset) for name, tensor in files.items()}
     with shown_loading(sum(part_bytes.values())) as advance:
         for name in sorted(spans, key=places.__getitem__):
-            reader.read_into(weights[name], name, rows=spans[name].rows, columns=spans[name].columns)
+            span, scales = spans[name], weights.get(scale_name(name))
+            if scales is None:
+                reader.read_into(weights[name], name, rows=span.rows, columns=span.columns)
+            else:
+                reader.read_stored_into(weights[name], scales, name, span)
             if table[name].role is Role.EXPERT_IDS:
                 _check_ids(weights[name], spec, f"{files[name].path}: {name}")
             advance(files[name].path, part_bytes[name])
@@ -152,9 +170,11 @@ def seeded_weights(
     Each rank draws all of them, one by one, and keeps its part.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    form, table = HeldForm(_DTYPE_NAMES[dtype]), weight_table(spec)
     spans = rank_spans(spec, rank=rank, num_ranks=num_ranks)
-    weights = _allocate(spec, spans, dtype=dtype, device=device)
-    for name, entry in sorted(weight_table(spec).items()):
+    held = {name: dict(form.parts(name, table[name], None, span)) for name, span in spans.items()}
+    weights = _allocate(spec, held, device=device)
+    for name, entry in sorted(table.items()):
         drawn = _draw(entry, spec, generator)
         if name in spans:
             rows, columns = spans[name].rows, spans[name].columns
@@ -163,27 +183,37 @@ def seeded_weights(
 
 
 def _allocate(
-    spec: ModelSpec, spans: dict[str, Span], *, dtype: torch.dtype, device: torch.device
+    spec: ModelSpec, held: Mapping[str, Mapping[str, StoredTensor]], *, device: torch.device
 ) -> dict[str, Tensor]:
-    """Empty tensors of these parts by name, those of a fused group as views of one."""
-    table = weight_table(spec)
+    """Empty tensors by name, those of a fused group as views of one; `held`: what is held of each tensor."""
     weights: dict[str, Tensor] = {}
     for group in fused_names(spec):
-        names = [name for name in group if name in spans]
-        entry = table[names[0]]
-        shape = (len(names), *spans[names[0]].shape(len(entry.shape)))
-        together = torch.empty(shape, dtype=_dtype(entry, dtype), device=device)
-        weights.update(zip(names, together.unbind(), strict=True))
-    for name, span in spans.items():
-        if name not in weights:
-            shape = span.shape(len(table[name].shape))
-            weights[name] = torch.empty(shape, dtype=_dtype(table[name], dtype), device=device)
+        names = [name for name in group if name in held]
+        _check_alike(names, held)
+        for each in zip(*(held[name].items() for name in names), strict=True):
+            parts = [part for part, _ in each]
+            together = _empty(each[0][1], device, count=len(parts))
+            weights.update(zip(parts, together.unbind(), strict=True))
+    for parts_of_one in held.values():
+        for part, tensor in parts_of_one.items():
+            if part not in weights:
+                weights[part] = _empty(tensor, device, count=1).squeeze(0)
     return weights
 
 
-def _dtype(entry: WeightEntry, model_dtype: torch.dtype) -> torch.dtype:
-    fixed = fixed_dtype(entry.role)
-    return model_dtype if fixed is None else TORCH_DTYPES[fixed]
+def _check_alike(names: list[str], held: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    """Raises: ModelFormatError when some of a group are held as stored and others are not."""
+    forms = [list(held[name].values()) for name in names]
+    for name, form in zip(names, forms, strict=True):
+        if form != forms[0]:
+            raise ModelFormatError(
+                f"{name} is stored in another form than {names[0]}, with which it is computed: "
+                "set FOREPAGE_MODEL__WEIGHT_DTYPE to bf16 or fp32"
+            )
+
+
+def _empty(tensor: StoredTensor, device: torch.device, *, count: int) -> Tensor:
+    return torch.empty((count, *tensor.shape), dtype=TORCH_DTYPES[tensor.dtype], device=device)
 
 
 def _draw(entry: WeightEntry, spec: ModelSpec, generator: torch.Generator) -> Tensor:

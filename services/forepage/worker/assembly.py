@@ -9,12 +9,14 @@ from torch import Tensor
 from forepage.frames import WorkerFrame
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.fingerprint import model_fingerprint
+from forepage.model.held_form import HeldForm
 from forepage.model.memory_indexer import read_indexer_config
 from forepage.model.rank_group import RankGroup
 from forepage.model.spec import ModelSpec, read_config
+from forepage.model.stored_form import is_quantised
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
-from forepage.settings import ModelSettings, Settings, SettingsError, WeightDtype, WorkerSettings
+from forepage.settings import ModelSettings, Settings, SettingsError, WorkerSettings
 from forepage.telemetry import Telemetry
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.copy_engine import CopyEngine
@@ -27,7 +29,7 @@ from forepage.worker.rank_link import ALONE_RANKS, Ranks
 
 DEFAULT_EOS = 1
 """DeepSeek-V4's end of sentence, where the config names none."""
-_TORCH_DTYPES = {WeightDtype.FP32: torch.float32, WeightDtype.BF16: torch.bfloat16}
+_TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ModelFolder:
     eos: int
     spec: ModelSpec
     geometry: KvGeometry
-    weight_dtype: torch.dtype
+    held: HeldForm
     fingerprint: str
 
     @classmethod
@@ -49,7 +51,8 @@ class ModelFolder:
         geometry = KvGeometry.from_config(
             config, KvFormat(settings.kv_format), KeyFormat(settings.key_format)
         )
-        weight_dtype = settings.weight_dtype.on(device_of(settings).type)
+        device = device_of(settings).type
+        weight_dtype = settings.weight_dtype.on(device, quantised=is_quantised(config))
         eos = config.get("eos_token_id")
         return cls(
             settings=settings,
@@ -57,7 +60,7 @@ class ModelFolder:
             eos=eos if isinstance(eos, int) else DEFAULT_EOS,
             spec=ModelSpec.from_config(config),
             geometry=geometry,
-            weight_dtype=_TORCH_DTYPES[weight_dtype],
+            held=HeldForm.of(weight_dtype, device),
             fingerprint=model_fingerprint(settings.path, geometry.format, geometry.key_format, weight_dtype),
         )
 
@@ -103,8 +106,15 @@ def assemble_rank(
     """Load a rank's part of the model and allocate its pools (`check_split` must hold)."""
     spec, geometry = folder.spec, folder.geometry
     targets = read_indexer_config(folder.settings.path, spec, folder.settings.memory_indexer).target_layers
-    place = {"rank": ranks.rank, "num_ranks": ranks.num_ranks}
-    weights = load_or_seed(folder.settings.path, spec, dtype=folder.weight_dtype, device=device, **place)
+    weights = load_or_seed(
+        folder.settings.path,
+        spec,
+        dtype=_TORCH_DTYPES[folder.held.plain],
+        keep_stored=folder.held.keeps_stored,
+        device=device,
+        rank=ranks.rank,
+        num_ranks=ranks.num_ranks,
+    )
     memory = KvMemory(geometry, PoolSizes.from_settings(settings, geometry, topk=spec.index_topk), device)
     target_layers = [spec.c4_layers[idx] for idx in targets]
     model = Transformer(spec, geometry, weights, device, target_layers=target_layers, ranks=ranks)

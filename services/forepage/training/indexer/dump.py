@@ -12,7 +12,9 @@ import torch
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.fingerprint import model_fingerprint
+from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec, read_config
+from forepage.model.stored_form import is_quantised
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
 from forepage.settings import WeightDtype
@@ -23,7 +25,7 @@ from forepage.training.indexer.shards import DumpHeader, open_dump, stored_numbe
 from forepage.training.indexer.texts import make_text, text_ids
 from forepage.training.results import peak_gpu_bytes
 
-TORCH_DTYPES = {WeightDtype.FP32: torch.float32, WeightDtype.BF16: torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 GPU_PROCESSES = 3
 """Passes of small models wait for launches most of the time: several processes fill a GPU."""
 POLL_S = 0.5
@@ -123,8 +125,14 @@ def _served_pass(order: DumpOrder) -> ServedPass:
     missing = [idx for idx in order.config.dump.target_layers if not 0 <= idx < len(spec.c4_layers)]
     if missing:
         raise ModelFormatError(f"{order.model}: there is no c4 layer {missing[0]} of {len(spec.c4_layers)}")
-    dtype = TORCH_DTYPES[WeightDtype.AUTO.on(order.device.type)]
-    weights = load_or_seed(order.model, spec, dtype=dtype, device=order.device)
+    held = HeldForm.of(_weight_dtype(order), order.device.type)
+    weights = load_or_seed(
+        order.model,
+        spec,
+        dtype=TORCH_DTYPES[held.plain],
+        device=order.device,
+        keep_stored=held.keeps_stored,
+    )
     layers = order.config.dump.target_layers
     model = Transformer(
         spec,
@@ -141,9 +149,13 @@ def _served_pass(order: DumpOrder) -> ServedPass:
     )
 
 
+def _weight_dtype(order: DumpOrder) -> WeightDtype:
+    """As a worker on this device would hold the model's matrices."""
+    return WeightDtype.AUTO.on(order.device.type, quantised=is_quantised(read_config(order.model)))
+
+
 def _header(order: DumpOrder) -> DumpHeader:
-    weight_dtype = WeightDtype.AUTO.on(order.device.type)
-    fingerprint = model_fingerprint(order.model, KvFormat.FP8, order.key_format, weight_dtype)
+    fingerprint = model_fingerprint(order.model, KvFormat.FP8, order.key_format, _weight_dtype(order))
     return header_of(order.config.dump, read_config(order.model), fingerprint, order.key_format)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from forepage.model.indexer_tensors import PREFIX, write_tensors
-from forepage.model.memory_indexer import CONFIG_NAME, WEIGHTS_NAME
+from forepage.model.memory_indexer import WEIGHTS_NAME
+from forepage.model.spec import MEMORY_INDEXER_CONFIG
 from forepage.training.indexer.calibration import Calibration
 from forepage.training.indexer.config import IndexerTrainingConfig
 
@@ -48,7 +49,7 @@ def write_indexer(
             "evidence_recall": recall,
         },
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    (folder / MEMORY_INDEXER_CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def write_curve(
