@@ -1,12 +1,11 @@
 # ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
 """Triton memory_indexer: each program scores one tile of entries in every target layer."""
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.jit import jit, on_device_of
-from forepage_kernels.key_scores import TILE_ENTRIES, score_keys, tile_heads
+from forepage_kernels.jit import is_interpreted, jit, on_device_of
+from forepage_kernels.key_scores import NUM_WARPS, TILE_ENTRIES, rounded_queries, score_keys, tile_heads
 from forepage_kernels.layout import KeyLayout
 
 
@@ -27,7 +26,7 @@ def memory_indexer(
         return scores
     with on_device_of(queries):
         score_entries[(-(-num_entries // TILE_ENTRIES), batch)](
-            queries,
+            rounded_queries(queries),
             weights,
             keys,
             plane_offsets,
@@ -44,7 +43,8 @@ def memory_indexer(
             TILE=TILE_ENTRIES,
             BLOCK_H=tile_heads(heads),
             MXFP4=layout.format == "mxfp4",
-            BF16=queries.is_cuda and queries.dtype == torch.bfloat16,
+            BF16=not is_interpreted(),
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
     return scores
