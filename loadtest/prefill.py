@@ -52,7 +52,7 @@ def main(
     spec, geometry = ModelSpec.from_config(fields), KvGeometry.from_config(fields, KvFormat.FP8)
     weights = seeded_weights(spec, SEED, dtype=torch.bfloat16, device=device)
     transformer = Transformer(spec, geometry, weights, device)
-    rows = []
+    rows: list[dict[str, object]] = []
     with torch.inference_mode():
         prefill_seconds(transformer, 4 * chunk, chunk)  # compiles
         for length in lengths:
