@@ -20,6 +20,7 @@ from bench.arena import registered_arena
 from bench.attention import attention_cases
 from bench.case import Call, Case, Timing
 from bench.ceilings import measure_ceilings
+from bench.prefill import prefill_cases
 from bench.report import Row, result_row, table, write
 from bench.scoring import scoring_cases
 from bench.timing import time_us
@@ -41,7 +42,12 @@ def main(
     ceilings = measure_ceilings(device)
     rows: list[Row] = []
     with registered_arena(ARENA_BYTES) as arena, torch.inference_mode():
-        for cases in (transfer_cases(arena, device), scoring_cases(device), attention_cases(device)):
+        for cases in (
+            transfer_cases(arena, device),
+            scoring_cases(device),
+            attention_cases(device),
+            prefill_cases(device),
+        ):
             for case in cases:
                 if only and case.kernel not in only:
                     continue
