@@ -77,19 +77,21 @@ def score_resident(
     block_id = tl.load(table_row + entry // ENTRIES, mask=readable, other=-1).to(tl.int64)
     present = (block_id >= 0) & (block_id < num_blocks)
     plane = plane_base(block_id * ENTRIES, block_bytes, layer_offset, ENTRIES)
-    score = score_keys(
-        q + row * heads * DIMS,
-        weights + row * heads,
-        heads,
-        pool,
-        tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
-        plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
-        present,
-        TILE,
-        DIMS,
-        BLOCK_H,
-        BF16,
-        MXFP4,
-    )
+    score = tl.zeros([TILE], tl.float32)
+    if tl.max(present.to(tl.int32), axis=0) > 0:  # most of a paged sequence is absent
+        score = score_keys(
+            q + row * heads * DIMS,
+            weights + row * heads,
+            heads,
+            pool,
+            tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
+            plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
+            present,
+            TILE,
+            DIMS,
+            BLOCK_H,
+            BF16,
+            MXFP4,
+        )
     score = tl.where(present, score, float("-inf"))
     tl.store(scores + row * num_entries + entry, score, mask=entry < num_entries)
