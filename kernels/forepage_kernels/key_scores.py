@@ -12,15 +12,13 @@ from forepage_kernels.codec import load_f32, load_mxfp4
 from forepage_kernels.jit import is_interpreted, jit, next_power_of_2
 
 TILE_ENTRIES = 128
-NUM_WARPS = 8
 MIN_TILE_HEADS = 16
 """The smallest side of a matrix product on tensor cores."""
-MAX_TILE_HEADS = 64
 
 
-def tile_heads(heads: int) -> int:
-    """Heads scored at a time."""
-    return min(MAX_TILE_HEADS, max(MIN_TILE_HEADS, next_power_of_2(heads)))
+def tile_heads(heads: int, most: int) -> int:
+    """Heads scored at a time, at most so many."""
+    return min(most, max(MIN_TILE_HEADS, next_power_of_2(heads)))
 
 
 def rounded_queries(queries: Tensor) -> Tensor:

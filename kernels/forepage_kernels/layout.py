@@ -37,8 +37,6 @@ ABSENT = -1
 """A slot, block id or offset that stands for nothing; every negative value means the same."""
 SCALE_GROUP = 64
 MIN_AMAX = 1e-4
-MAX_SCALE_BYTES = 8
-"""Kernels that decode rows read a row's scales as one word: up to 512 nope dims."""
 LANE_BYTES = 8
 """Copies move 8-byte lanes: every span starts and ends on a multiple of it (not a single key's scales)."""
 E4M3_TABLE = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)

@@ -17,8 +17,6 @@ from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_dev
 from forepage_kernels.layout import SCALE_GROUP, KeyLayout, KeyPool, RowLayout, RowPool
 
 MAX_TILE_TOKENS = 8
-WARP_DIMS = 128
-"""Dims of an entry that a warp handles."""
 
 
 def compress_quantize(
@@ -62,7 +60,6 @@ def compress_quantize(
             MXFP4=layout.format == "mxfp4",
             TILE_W=min(MAX_TILE_TOKENS, next_power_of_2(tokens)),
             BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
-            num_warps=max(1, next_power_of_2(dims) // WARP_DIMS),
         )
 
 

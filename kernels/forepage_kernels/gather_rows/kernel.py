@@ -9,8 +9,6 @@ from forepage_kernels.codec import plane_base
 from forepage_kernels.jit import jit, next_power_of_2, on_device_of
 from forepage_kernels.layout import LANE_BYTES, RowPool
 
-NUM_WARPS = 4
-
 
 def gather_rows(
     pool: RowPool, arena: Tensor, *, slots: Tensor, plane_offsets: Tensor, entries: Tensor
@@ -36,7 +34,6 @@ def gather_rows(
             VALUE_LANES=value_lanes,
             SCALE_LANES=scale_lanes,
             TILE=next_power_of_2(value_lanes + scale_lanes),
-            num_warps=NUM_WARPS,
         )
 
 

@@ -5,8 +5,12 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.jit import is_interpreted, jit, on_device_of
-from forepage_kernels.key_scores import NUM_WARPS, TILE_ENTRIES, rounded_queries, score_keys, tile_heads
+from forepage_kernels.key_scores import TILE_ENTRIES, rounded_queries, score_keys, tile_heads
 from forepage_kernels.layout import KeyLayout
+
+MAX_TILE_HEADS = 128
+NUM_WARPS = 4
+"""Both as docs/kernels.md found them fastest."""
 
 
 def memory_indexer(
@@ -41,7 +45,7 @@ def memory_indexer(
             VALUE_BYTES=layout.value_bytes,
             SCALE_BYTES=layout.scale_bytes,
             TILE=TILE_ENTRIES,
-            BLOCK_H=tile_heads(heads),
+            BLOCK_H=tile_heads(heads, MAX_TILE_HEADS),
             MXFP4=layout.format == "mxfp4",
             BF16=not is_interpreted(),
             num_warps=NUM_WARPS,

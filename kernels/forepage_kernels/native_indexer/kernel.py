@@ -6,8 +6,12 @@ from torch import Tensor
 
 from forepage_kernels.codec import plane_base
 from forepage_kernels.jit import is_interpreted, jit_unspecialised, on_device_of
-from forepage_kernels.key_scores import NUM_WARPS, TILE_ENTRIES, rounded_queries, score_keys, tile_heads
+from forepage_kernels.key_scores import TILE_ENTRIES, rounded_queries, score_keys, tile_heads
 from forepage_kernels.layout import KeyPool
+
+MAX_TILE_HEADS = 64
+NUM_WARPS = 8
+"""Both as docs/kernels.md found them fastest."""
 
 
 def native_indexer(
@@ -38,7 +42,7 @@ def native_indexer(
             VALUE_BYTES=pool.layout.value_bytes,
             SCALE_BYTES=pool.layout.scale_bytes,
             TILE=TILE_ENTRIES,
-            BLOCK_H=tile_heads(heads),
+            BLOCK_H=tile_heads(heads, MAX_TILE_HEADS),
             BF16=not is_interpreted(),
             MXFP4=pool.layout.format == "mxfp4",
             num_warps=NUM_WARPS,
@@ -77,21 +81,19 @@ def score_resident(
     block_id = tl.load(table_row + entry // ENTRIES, mask=readable, other=-1).to(tl.int64)
     present = (block_id >= 0) & (block_id < num_blocks)
     plane = plane_base(block_id * ENTRIES, block_bytes, layer_offset, ENTRIES)
-    score = tl.zeros([TILE], tl.float32)
-    if tl.max(present.to(tl.int32), axis=0) > 0:  # most of a paged sequence is absent
-        score = score_keys(
-            q + row * heads * DIMS,
-            weights + row * heads,
-            heads,
-            pool,
-            tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
-            plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
-            present,
-            TILE,
-            DIMS,
-            BLOCK_H,
-            BF16,
-            MXFP4,
-        )
+    score = score_keys(
+        q + row * heads * DIMS,
+        weights + row * heads,
+        heads,
+        pool,
+        tl.multiple_of(plane + (entry % ENTRIES) * VALUE_BYTES, 8),
+        plane + ENTRIES * VALUE_BYTES + (entry % ENTRIES) * SCALE_BYTES,
+        present,
+        TILE,
+        DIMS,
+        BLOCK_H,
+        BF16,
+        MXFP4,
+    )
     score = tl.where(present, score, float("-inf"))
     tl.store(scores + row * num_entries + entry, score, mask=entry < num_entries)

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
-from forepage_kernels.row_tile import attend_tile
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,15 @@ MIN_COLUMNS = 16
 """The smallest side of a matrix product on tensor cores."""
 
 
-def tiles_of(dtype: torch.dtype, dims: int) -> Tiles:
+def tiles_of(dtype: torch.dtype, dims: int, *, is_selected: bool) -> Tiles:
     """What was fastest on an H100 (docs/kernels.md); fp32 takes what shared memory holds in three parts."""
     if dtype == torch.float32:
         return Tiles(columns=16, rows=16 if dims > 128 else 32, warps=8, stages=1)
     if dims > 256:
-        return Tiles(columns=64, rows=32, warps=8, stages=2)
-    return Tiles(columns=64, rows=64, warps=4, stages=2)
+        return Tiles(columns=64, rows=64, warps=8, stages=2)
+    if is_selected:
+        return Tiles(columns=64, rows=64, warps=2, stages=2)
+    return Tiles(columns=64, rows=64, warps=4, stages=3)
 
 
 def prefill_attention(
@@ -56,7 +57,7 @@ def prefill_attention(
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
-    tiles = tiles_of(q.dtype, dims)
+    tiles = tiles_of(q.dtype, dims, is_selected=selected is not None)
     block_h = min(next_power_of_2(heads), tiles.columns)
     tile_tokens = 1 if selected is not None else tiles.columns // block_h
     block_h = max(block_h, MIN_COLUMNS // tile_tokens)
@@ -140,26 +141,20 @@ def attend(
             entry = tl.load(selected + first * num_selected + begin + offset, mask=listed, other=-1)
             present = (entry >= 0) & (entry < all_closed)
             tile = load_tile(rows, entry, present, DIMS, BLOCK_D, BF16)
-            top, total, acc = attend_tile(
-                query, tile, present[None, :], begin < all_closed, softmax_scale, top, total, acc, BF16
-            )
+            top, total, acc = attend_tile(query, tile, present[None, :], softmax_scale, top, total, acc, BF16)
     else:
         for begin in range(0, all_closed, BLOCK_N):
             entry = begin + offset
             tile = load_tile(rows, entry, entry < all_closed, DIMS, BLOCK_D, BF16)
             allowed = entry[None, :] < closed[:, None]
-            top, total, acc = attend_tile(
-                query, tile, allowed, begin < all_closed, softmax_scale, top, total, acc, BF16
-            )
+            top, total, acc = attend_tile(query, tile, allowed, softmax_scale, top, total, acc, BF16)
     oldest = tl.maximum(before + first - (WINDOW - 1), 0)
     for begin in range(oldest, before + last + 1, BLOCK_N):
         row = begin + offset
         tile = load_tile(window, row, row <= before + last, DIMS, BLOCK_D, BF16)
         age = (before + token)[:, None] - row[None, :]
         allowed = (age >= 0) & (age < WINDOW)
-        top, total, acc = attend_tile(
-            query, tile, allowed, begin <= before + last, softmax_scale, top, total, acc, BF16
-        )
+        top, total, acc = attend_tile(query, tile, allowed, softmax_scale, top, total, acc, BF16)
     sink = tl.load(sinks + head, mask=head < heads, other=0.0)
     attended = top > float("-inf")
     total += tl.exp(tl.where(attended, sink - top, 0.0))
@@ -183,3 +178,28 @@ def load_tile(
         mask = mask & (dim < DIMS)
     tile = tl.load(rows + row.to(tl.int64)[:, None] * DIMS + dim, mask=mask, other=0.0)
     return tile if BF16 else tile.to(tl.float32)
+
+
+@jit
+def attend_tile(
+    query: tl.tensor,
+    rows: tl.tensor,
+    allowed: tl.tensor,
+    softmax_scale: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    BF16: tl.constexpr,
+) -> tl.tensor:
+    """One step of the online softmax: query [M, D], rows [N, D], allowed bool [M or 1, N]."""
+    scores = tl.dot(query, tl.trans(rows), input_precision="tf32x3") * softmax_scale  # [M, N]
+    scores = tl.where(allowed, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top > float("-inf"), new_top, 0.0)
+    keep = tl.exp(top - base)
+    p = tl.exp(scores - base[:, None])
+    total = total * keep + tl.sum(p, axis=1)
+    if BF16:
+        p = p.to(tl.bfloat16)
+    acc = tl.dot(p, rows, acc * keep[:, None], input_precision="tf32x3")
+    return new_top, total, acc

@@ -11,12 +11,12 @@ from torch import Tensor
 from forepage_kernels.jit import is_interpreted, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.key_scores import rounded_queries
 
-TILE_ENTRIES = 128
+TILE_ENTRIES = 64
 TILE_COLUMNS = 128
 """(token, head) pairs of a program; one token's heads at least."""
-PROGRAM_TILES = 16
+PROGRAM_TILES = 32
 """Tiles of entries a program walks: the queries are read once for all of them."""
-NUM_WARPS = 8
+NUM_WARPS = 4
 NUM_STAGES = 3
 
 

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.jit import jit, next_power_of_2, on_device_of
+from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 
 GROUP = 8
 TILE_ENTRIES = 4096
@@ -20,8 +20,10 @@ TILE_ENTRIES = 4096
 MAX_LEVELS = 4
 MIN_TOP = 1024
 """Fewer values than this are not worth a level above them."""
-WARP_ENTRIES = 512
-"""Values a warp handles: 16 in each thread."""
+MAX_COMMON_K = 2048
+"""Up to this k tiles do not shrink with short rows."""
+WARP_ENTRIES = 256
+"""Values a warp handles: 8 in each thread."""
 
 
 def select_topk(logits: Tensor, k: int) -> Tensor:
@@ -30,12 +32,15 @@ def select_topk(logits: Tensor, k: int) -> Tensor:
     selected = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return selected
-    block_k = next_power_of_2(max(1, min(k, num_entries)))
+    block_k = next_power_of_2(min(k, max(num_entries, MAX_COMMON_K)))
     levels, top_size = _levels(num_entries, block_k)
     # Level i has one maximum for each GROUP ** i entries; the levels of a row lie one behind the other.
     row_maxima = sum(-(-num_entries // GROUP**level) for level in range(1, levels + 1))
     maxima = logits.new_empty(rows, row_maxima)
-    block_top = max(next_power_of_2(max(1, top_size)), block_k)
+    # Rows grow by a little in every chunk of a prefill: all lengths of as many levels share a binary.
+    block_top = max(GROUP * block_k, MIN_TOP)
+    if block_k > MAX_COMMON_K:
+        block_top = next_power_of_2(top_size)
     widest = max(block_top, GROUP * block_k if levels else 1)
     with on_device_of(logits):
         if levels:
@@ -65,7 +70,7 @@ def _levels(num_entries: int, block_k: int) -> tuple[int, int]:
     return levels, size
 
 
-@jit
+@jit_unspecialised("num_entries", "row_maxima")
 def find_maxima(
     logits: tl.tensor,
     maxima: tl.tensor,
@@ -90,7 +95,7 @@ def find_maxima(
         maxima += count
 
 
-@jit
+@jit_unspecialised("num_entries", "row_maxima", "k")
 def select_row(
     logits: tl.tensor,
     maxima: tl.tensor,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from forepage_kernels.checks import check_tensor
 from forepage_kernels.errors import ShapeError
-from forepage_kernels.layout import MAX_SCALE_BYTES, RowPool
+from forepage_kernels.layout import RowPool
 from forepage_kernels.sparse_decode import reference
 
 
@@ -35,7 +35,7 @@ def sparse_decode(
     check_tensor("window_slots", window_slots, dtype=torch.int64, shape=[q.shape[0], None], device=device)
     check_tensor("sinks", sinks, dtype=torch.float32, shape=[q.shape[1]], device=device)
     _check_pools(compressed, compressed_slots, window, device)
-    if q.is_cuda and window.layout.format == "fp8" and window.layout.scale_bytes == MAX_SCALE_BYTES:
+    if q.is_cuda and window.layout.format == "fp8":
         from forepage_kernels.sparse_decode.kernel import sparse_decode as launch
 
         attend = launch

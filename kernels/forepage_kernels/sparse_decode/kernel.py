@@ -6,32 +6,20 @@ the attended rows in list order, not on where they lie. A row is decoded once a 
 and value; bf16 holds it exactly (e4m3 times a power of two, and bf16 rope dims).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, RowPool
-from forepage_kernels.row_tile import attend_tile, load_row_tile
+from forepage_kernels.row_tile import load_row_tile
 
 MIN_HEADS = 16
 """The smallest side of a matrix product on tensor cores."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of a program: heads, rows of KV a step."""
-
-    heads: int
-    rows: int
-    warps: int
-    stages: int
-
-
-TILES = {torch.float32: Tiles(16, 16, 8, 1), torch.bfloat16: Tiles(64, 64, 8, 2)}
-"""docs/kernels.md has what else was tried; fp32 rows are split into three tf32 parts in shared memory."""
+TILE_HEADS = {torch.float32: 16, torch.bfloat16: 64}
+"""A row is decoded once for all heads of a program (docs/kernels.md)."""
+TILE_ROWS = {torch.float32: 16, torch.bfloat16: 64}
+"""A tile of 512-wide fp32 rows is split into three tf32 parts: 16 is what shared memory holds."""
 
 
 def sparse_decode(
@@ -44,14 +32,13 @@ def sparse_decode(
     *,
     softmax_scale: float,
 ) -> Tensor:
-    """See the package; fp8 rows of at most 8 scales. A slot past its pool counts as absent."""
+    """See the package; fp8 rows. A slot past its pool counts as absent."""
     batch, heads, dims = q.shape
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
     first = window if compressed is None else compressed
-    tiles = TILES[q.dtype]
-    block_h = max(MIN_HEADS, min(tiles.heads, next_power_of_2(heads)))
+    block_h = max(MIN_HEADS, min(TILE_HEADS[q.dtype], next_power_of_2(heads)))
     with on_device_of(q):
         attend[(-(-heads // block_h), batch)](
             q,
@@ -75,12 +62,12 @@ def sparse_decode(
             WINDOW_ENTRIES=window.layout.entries,
             NOPE=window.layout.nope_dims,
             DIMS=dims,
+            SCALE_BYTES=window.layout.scale_bytes,
             BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
             BLOCK_H=block_h,
-            BLOCK_N=tiles.rows,
+            BLOCK_N=TILE_ROWS[q.dtype],
             BF16=q.dtype == torch.bfloat16 and not is_interpreted(),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            num_warps=8,
         )
     return out
 
@@ -108,6 +95,7 @@ def attend(
     WINDOW_ENTRIES: tl.constexpr,
     NOPE: tl.constexpr,
     DIMS: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,20 +115,16 @@ def attend(
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_N):
         slot = load_slots(slots + row * num_rows, start, num_rows, pool_slots, BLOCK_N)
-        rows = load_row_tile(pool, slot, pool_block_bytes, pool_offset, ENTRIES, NOPE, DIMS, BLOCK_D, BF16)
-        allowed = (slot >= 0)[None, :]
-        top, total, acc = attend_tile(
-            query, rows, allowed, start < num_rows, softmax_scale, top, total, acc, BF16
+        rows = load_row_tile(
+            pool, slot, pool_block_bytes, pool_offset, ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D
         )
+        top, total, acc = attend_tile(query, rows, slot, softmax_scale, top, total, acc, BF16)
     for start in range(0, num_window, BLOCK_N):
         slot = load_slots(window_slots + row * num_window, start, num_window, window_pool_slots, BLOCK_N)
         rows = load_row_tile(
-            window, slot, window_block_bytes, window_offset, WINDOW_ENTRIES, NOPE, DIMS, BLOCK_D, BF16
+            window, slot, window_block_bytes, window_offset, WINDOW_ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D
         )
-        allowed = (slot >= 0)[None, :]
-        top, total, acc = attend_tile(
-            query, rows, allowed, start < num_window, softmax_scale, top, total, acc, BF16
-        )
+        top, total, acc = attend_tile(query, rows, slot, softmax_scale, top, total, acc, BF16)
     sink = tl.load(sinks + head, mask=head < heads, other=0.0)
     attended = top > float("-inf")
     total += tl.exp(tl.where(attended, sink - top, 0.0))
@@ -156,3 +140,30 @@ def load_slots(
     index = start + tl.arange(0, BLOCK_N)
     slot = tl.load(slots + index, mask=index < count, other=-1)
     return tl.where((slot >= 0) & (slot < pool_slots), slot, -1)
+
+
+@jit
+def attend_tile(
+    query: tl.tensor,
+    rows: tl.tensor,
+    slot: tl.tensor,
+    softmax_scale: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    BF16: tl.constexpr,
+) -> tl.tensor:
+    """One step of the online softmax: query [H, D], rows f32 [N, D], slot i64 [N]; a tile may be empty."""
+    if BF16:
+        rows = rows.to(tl.bfloat16)
+    scores = tl.dot(query, tl.trans(rows), input_precision="tf32x3") * softmax_scale  # [H, N]
+    scores = tl.where((slot >= 0)[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top > float("-inf"), new_top, 0.0)
+    keep = tl.exp(top - base)
+    p = tl.exp(scores - base[:, None])
+    total = total * keep + tl.sum(p, axis=1)
+    if BF16:
+        p = p.to(tl.bfloat16)
+    acc = tl.dot(p, rows, acc * keep[:, None], input_precision="tf32x3")
+    return new_top, total, acc

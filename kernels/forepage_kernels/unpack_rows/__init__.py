@@ -5,7 +5,7 @@ from torch import Tensor
 
 from forepage_kernels.checks import check_tensor
 from forepage_kernels.errors import ShapeError
-from forepage_kernels.layout import MAX_SCALE_BYTES, KeyPool, RowPool
+from forepage_kernels.layout import KeyPool, RowPool
 from forepage_kernels.unpack_rows import reference
 
 
@@ -19,7 +19,7 @@ def unpack_rows(pool: RowPool | KeyPool, slots: Tensor, dtype: torch.dtype) -> T
         raise ShapeError(f"dtype: must be float32 or bfloat16, got {dtype}")
     if dtype == torch.bfloat16 and pool.layout.format == "fp32":
         raise ShapeError("dtype: fp32 values don't fit bfloat16")
-    if slots.is_cuda and pool.layout.format != "fp32" and pool.layout.scale_bytes <= MAX_SCALE_BYTES:
+    if slots.is_cuda and pool.layout.format != "fp32":
         from forepage_kernels.unpack_rows.kernel import unpack_rows as launch
 
         return launch(pool, slots, dtype)

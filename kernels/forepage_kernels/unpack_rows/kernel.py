@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import load_e4m3, load_f32, load_mxfp4, plane_base
-from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
+from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, KeyPool, RowPool
 from forepage_kernels.row_tile import load_row_tile
 
@@ -35,9 +35,9 @@ def unpack_rows(pool: RowPool | KeyPool, slots: Tensor, dtype: torch.dtype) -> T
                 ENTRIES=layout.entries,
                 NOPE=pool.layout.nope_dims,
                 DIMS=layout.dims,
+                SCALE_BYTES=layout.scale_bytes,
                 BLOCK_D=block_d,
                 TILE=tile,
-                BF16=dtype == torch.bfloat16 and not is_interpreted(),
             )
         else:
             unpack_key_tile[(-(-num_rows // tile),)](
@@ -70,13 +70,13 @@ def unpack_row_tile(
     ENTRIES: tl.constexpr,
     NOPE: tl.constexpr,
     DIMS: tl.constexpr,
+    SCALE_BYTES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
-    BF16: tl.constexpr,
 ) -> None:
     """fp8 rows -> out f32|bf16 [num_rows, DIMS]."""
     row, slot = load_tile_slots(slots, num_rows, num_slots, TILE)
-    values = load_row_tile(pool, slot, block_bytes, layer_offset, ENTRIES, NOPE, DIMS, BLOCK_D, BF16)
+    values = load_row_tile(pool, slot, block_bytes, layer_offset, ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D)
     dim = tl.arange(0, BLOCK_D)[None, :]
     store = row[:, None] * DIMS + dim
     tl.store(out + store, values.to(out.dtype.element_ty), mask=(row < num_rows)[:, None] & (dim < DIMS))
