@@ -24,31 +24,21 @@ from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
 
-TINY: dict[str, object] = {
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "index_n_heads": 8,
-    "index_topk": 512,
-    "q_lora_rank": 128,
-    "moe_intermediate_size": 256,
-    "compress_ratios": [0, 4, 128, 4, 128, 4, 4],
-}
-"""forepage-tiny's sizes, over the bundled config's other fields."""
-SEEDED = Path(__file__).parents[1] / "services/forepage/model/bundled/seeded/config.json"
+TINY = Path(__file__).parents[1] / "services/forepage/model/bundled/tiny/config.json"
 SEED = 0
 
 
 def main(
     lengths: Annotated[list[int], typer.Option(help="tokens of a prompt; several may be given")],
     chunk: Annotated[int, typer.Option(help="tokens of a step")] = 4096,
-    config: Annotated[Path | None, typer.Option(help="a config.json; none: forepage-tiny's sizes")] = None,
+    config: Annotated[Path | None, typer.Option(help="a config.json; none: forepage-tiny's")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for prefill.json and .md")] = None,
 ) -> None:
     """Prefill prompts of random tokens of these lengths and say how long each took."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("needs a CUDA device")
     device = torch.device("cuda", 0)
-    fields = json.loads((config or SEEDED).read_text()) | (TINY if config is None else {})
+    fields: dict[str, object] = json.loads((config or TINY).read_text())
     spec, geometry = ModelSpec.from_config(fields), KvGeometry.from_config(fields, KvFormat.FP8)
     weights = seeded_weights(spec, SEED, dtype=torch.bfloat16, device=device)
     transformer = Transformer(spec, geometry, weights, device)
@@ -71,9 +61,7 @@ def main(
             typer.echo(f"{length:9,} tokens {seconds:8.3f} s {length / seconds:12,.0f} tokens/s", err=True)
     typer.echo(_table(rows))
     if out is not None:
-        _write(
-            out, rows, {"config": str(config) if config else "forepage-tiny's sizes", "seed": SEED} | fields
-        )
+        _write(out, rows, {"seed": SEED} | fields)
 
 
 def prefill_seconds(transformer: Transformer, length: int, chunk: int) -> float:
