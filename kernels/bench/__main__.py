@@ -18,8 +18,9 @@ import typer
 from bench import flash
 from bench.arena import registered_arena
 from bench.attention import attention_cases
-from bench.case import Call
+from bench.case import Call, Case, Timing
 from bench.ceilings import measure_ceilings
+from bench.prefill import prefill_cases
 from bench.report import Row, result_row, table, write
 from bench.scoring import scoring_cases
 from bench.timing import time_us
@@ -46,18 +47,19 @@ def main(
             transfer_cases(arena, device),
             scoring_cases(device),
             attention_cases(device),
+            prefill_cases(device),
             weight_cases(device),
         )
         for cases in groups:
             for case in cases:
                 if only and case.kernel not in only:
                     continue
-                error = case.check()
+                error = _checked(case)
                 rows.append(
                     result_row(
                         case,
                         ceilings,
-                        time_us=time_us(case.calls, graph=case.graph),
+                        time_us=time_us(case.calls, case.timing),
                         torch_us=_plain_us(case.torch_call),
                         other_us=_plain_us(case.other_call),
                         error=error,
@@ -71,8 +73,16 @@ def main(
         write(out, "results", _result(rows, named, only))
 
 
+def _checked(case: Case) -> float:
+    """The check, on a stream like the one that is timed."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        error = case.check()
+        torch.cuda.synchronize()
+    return error
+
+
 def _plain_us(call: Call | None) -> float | None:
-    return None if call is None else time_us([call], graph=False)
+    return None if call is None else time_us([call], Timing.STREAM)
 
 
 def _result(rows: list[Row], ceilings: dict[str, float], only: list[str] | None) -> dict[str, object]:

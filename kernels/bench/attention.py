@@ -25,7 +25,7 @@ EPS = 1e-6
 
 def attention_cases(device: torch.device) -> Iterator[Case]:
     """Decode attention at every batch; closing rows and keys in decode and prefill."""
-    pool = _filled(flash.ROWS, POOL_BLOCKS, device)
+    pool = filled_pool(flash.ROWS, POOL_BLOCKS, device)
     for batch in BATCHES:
         yield _attention_case(pool, batch, device)
     for entries in (DECODE_ENTRIES, PREFILL_ENTRIES):
@@ -33,7 +33,7 @@ def attention_cases(device: torch.device) -> Iterator[Case]:
         yield _compress_case(flash.KEYS, entries, flash.INDEX_DIMS, device)
 
 
-def _filled(layout: RowLayout, blocks: int, device: torch.device) -> RowPool:
+def filled_pool(layout: RowLayout, blocks: int, device: torch.device) -> RowPool:
     """A pool of random rows."""
     pool = RowPool(torch.zeros(blocks, layout.plane_bytes, dtype=torch.uint8, device=device), 0, layout)
     slots = torch.arange(pool.num_slots, device=device)
@@ -43,7 +43,7 @@ def _filled(layout: RowLayout, blocks: int, device: torch.device) -> RowPool:
 
 
 def _attention_case(pool: RowPool, batch: int, device: torch.device) -> Case:
-    window = _filled(flash.WINDOW_ROWS, batch, device)
+    window = filled_pool(flash.WINDOW_ROWS, batch, device)
     q = torch.randn(batch, flash.HEADS, flash.HEAD_DIM, device=device, dtype=torch.bfloat16)
     rows = torch.stack([torch.randperm(pool.num_slots, device=device)[: flash.TOPK] for _ in range(batch)])
     ring = torch.arange(batch * flash.WINDOW, device=device).view(batch, flash.WINDOW)

@@ -9,6 +9,14 @@ from torch import Tensor
 Call = Callable[[], object]
 
 
+class Timing(StrEnum):
+    """How a call is timed."""
+
+    GRAPH = "replays of a graph"
+    STREAM = "events on a stream"  # copies by the driver can't be captured
+    WALL = "host clock, until done"
+
+
 class Ceiling(StrEnum):
     """Which limit a case is held against; measured in the same run (`ceilings.py`)."""
 
@@ -38,7 +46,7 @@ class Case:
     torch_call: Call | None = None
     other_call: Call | None = None
     other: str | None = None
-    graph: bool = True  # timed as graph replays; copies by the driver can't be
+    timing: Timing = Timing.GRAPH
 
 
 class WrongResultError(Exception):

@@ -28,11 +28,17 @@ def scoring_cases(device: torch.device) -> Iterator[Case]:
         yield _memory_case(batch, device)
     for batch, entries in ((1, 24_576), (32, 24_576), (1, HISTORY_ENTRIES)):
         yield _native_case(batch, entries, device)
-    for rows, entries in ((1, 24_576), (32, 24_576), (1, HISTORY_ENTRIES), (32, HISTORY_ENTRIES)):
+    for rows, entries in (
+        (1, 24_576),
+        (32, 24_576),
+        (1, HISTORY_ENTRIES),
+        (32, HISTORY_ENTRIES),
+        (512, 131_072),
+    ):
         yield _topk_case(rows, entries, device)
 
 
-def _keys(num_blocks: int, planes: int, device: torch.device) -> Tensor:
+def random_keys(num_blocks: int, planes: int, device: torch.device) -> Tensor:
     """Random planes of fp8 keys u8 [num_blocks, planes * plane_bytes]: finite values, scales near 1."""
     layout = flash.KEYS
     values = torch.randn(num_blocks * planes, layout.entries * layout.dims, device=device)
@@ -44,7 +50,7 @@ def _keys(num_blocks: int, planes: int, device: torch.device) -> Tensor:
 def _memory_case(batch: int, device: torch.device) -> Case:
     blocks = HISTORY_ENTRIES // flash.BLOCK_ENTRIES
     layers, heads, dims = flash.MEMORY_LAYERS, flash.MEMORY_HEADS, flash.INDEX_DIMS
-    keys = _keys(batch * blocks, layers, device).flatten()
+    keys = random_keys(batch * blocks, layers, device).flatten()
     planes = torch.arange(batch * blocks * layers, device=device).view(batch, blocks, layers)
     planes = planes * flash.KEYS.plane_bytes
     queries = torch.randn(batch, layers, heads, dims, device=device, dtype=torch.bfloat16)
@@ -75,7 +81,7 @@ def _memory_case(batch: int, device: torch.device) -> Case:
 
 def _native_case(batch: int, entries: int, device: torch.device) -> Case:
     blocks = entries // flash.BLOCK_ENTRIES
-    pool = KeyPool(_keys(batch * blocks, 1, device), 0, flash.KEYS)
+    pool = KeyPool(random_keys(batch * blocks, 1, device), 0, flash.KEYS)
     table = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
     visible = torch.full((batch,), entries - 7, device=device)
     heads, dims = flash.INDEX_HEADS, flash.INDEX_DIMS

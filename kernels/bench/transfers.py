@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import flash
-from bench.case import Case, Ceiling, WrongResultError
+from bench.case import Case, Ceiling, Timing, WrongResultError
 from forepage_kernels.gather_blocks import gather_blocks
 from forepage_kernels.gather_rows import gather_rows
 from forepage_kernels.layout import RowPool
@@ -26,18 +26,19 @@ class BlockLoads:
 
     pool: Tensor  # u8 [2 * count, ROWS_BLOCK_BYTES]
     arena: Tensor
-    block_ids: list[Tensor]  # i64 [count] each, on the device
+    block_ids: list[Tensor]  # i64 [count] each, on the device for the kernel, on the host for copy engines
     offsets: list[Tensor]
 
     @classmethod
-    def draw(cls, count: int, arena: Tensor, device: torch.device) -> "BlockLoads":
+    def draw(cls, count: int, arena: Tensor, device: torch.device, *, by_engine: bool) -> "BlockLoads":
         """`count` loads, drawn anew for every variant."""
         slots = arena.numel() // flash.SLOT_BYTES
+        ids_on = torch.device("cpu") if by_engine else device
         return cls(
             pool=torch.empty(2 * count, flash.ROWS_BLOCK_BYTES, dtype=torch.uint8, device=device),
             arena=arena,
-            block_ids=[torch.randperm(2 * count)[:count].to(device) for _ in range(VARIANTS)],
-            offsets=[(torch.randperm(slots)[:count] * flash.SLOT_BYTES).to(device) for _ in range(VARIANTS)],
+            block_ids=[torch.randperm(2 * count)[:count].to(ids_on) for _ in range(VARIANTS)],
+            offsets=[(torch.randperm(slots)[:count] * flash.SLOT_BYTES).to(ids_on) for _ in range(VARIANTS)],
         )
 
     def load(self, variant: int) -> None:
@@ -58,7 +59,7 @@ class BlockLoads:
             if not torch.equal(self.pool[block].cpu(), self._record(start)):
                 raise WrongResultError(f"gather_blocks: block {block} differs from its record")
         untouched = torch.ones(len(self.pool), dtype=torch.bool, device=self.pool.device)
-        untouched[self.block_ids[0]] = False
+        untouched[self.block_ids[0].to(untouched.device)] = False
         if not bool((self.pool[untouched] == POISON).all()):
             raise WrongResultError("gather_blocks: wrote a block that nobody asked for")
         return 0.0
@@ -121,22 +122,11 @@ class RowPulls:
 
 
 def transfer_cases(arena: Tensor, device: torch.device) -> Iterator[Case]:
-    """Block loads and row pulls of several sizes."""
-    for count in BLOCK_COUNTS:
-        loads = BlockLoads.draw(count, arena, device)
-        yield Case(
-            kernel="gather_blocks",
-            shape=f"{count} blocks x {flash.ROWS_BLOCK_BYTES} B, scattered",
-            dtype="u8",
-            num_bytes=count * flash.ROWS_BLOCK_BYTES,
-            flops=0,
-            ceilings=[Ceiling.HOST_TO_DEVICE],
-            calls=[lambda variant=v, loads=loads: loads.load(variant) for v in range(VARIANTS)],  # type: ignore[misc]
-            check=loads.check,
-            other_call=loads.copy_one_by_one,
-            other="one asynchronous copy a block",
-            graph=False,
-        )
+    """Block loads by the kernel and by the copy engines, and row pulls, of several sizes."""
+    for by_engine in (False, True):
+        for count in BLOCK_COUNTS:
+            yield _load_case(BlockLoads.draw(count, arena, device, by_engine=by_engine), count, Timing.STREAM)
+        yield _load_case(BlockLoads.draw(1, arena, device, by_engine=by_engine), 1, Timing.WALL)
     for count in ROW_COUNTS:
         pulls = RowPulls.draw(count, arena, device)
         yield Case(
@@ -149,3 +139,21 @@ def transfer_cases(arena: Tensor, device: torch.device) -> Iterator[Case]:
             calls=[lambda variant=v, pulls=pulls: pulls.pull(variant) for v in range(VARIANTS)],  # type: ignore[misc]
             check=pulls.check,
         )
+
+
+def _load_case(loads: BlockLoads, count: int, timing: Timing) -> Case:
+    by = "kernel" if loads.block_ids[0].is_cuda else "copy engines"
+    waited = ", call to done" if timing is Timing.WALL else ""
+    return Case(
+        kernel="gather_blocks",
+        shape=f"{count} blocks x {flash.ROWS_BLOCK_BYTES} B, {by}{waited}",
+        dtype="u8",
+        num_bytes=count * flash.ROWS_BLOCK_BYTES,
+        flops=0,
+        ceilings=[Ceiling.HOST_TO_DEVICE],
+        calls=[lambda variant=v: loads.load(variant) for v in range(VARIANTS)],  # type: ignore[misc]
+        check=loads.check,
+        other_call=loads.copy_one_by_one,
+        other="one asynchronous copy a block",
+        timing=timing,
+    )

@@ -39,6 +39,11 @@ def jit_unspecialised(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
     return decorate
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: its bf16 is wrong, so they stay in fp32 there."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n >= 1: the size of a Triton range over n things."""
     return 1 << (n - 1).bit_length()

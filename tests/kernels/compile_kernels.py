@@ -25,8 +25,11 @@ import forepage_kernels.memory_indexer.kernel as memory_indexer
 import forepage_kernels.moe.kernel as moe
 import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
+import forepage_kernels.prefill_attention.kernel as prefill_attention
+import forepage_kernels.prefill_indexer.kernel as prefill_indexer
 import forepage_kernels.select_topk.kernel as select_topk
 import forepage_kernels.sparse_decode.kernel as sparse_decode
+import forepage_kernels.unpack_rows.kernel as unpack_rows
 from forepage_kernels.fp8_linear import Fp8Weight
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
 from forepage_kernels.moe import Fp4Experts
@@ -58,9 +61,6 @@ class CompilerInsteadOfLaunch:
         """Compile for these arguments as if the tensors lay on a GPU."""
         names = self.kernel.arg_names
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        if "BF16" in kwargs:  # launchers turn tensor cores' bf16 off for the interpreter's CPU tensors
-            first = args[0]
-            kwargs["BF16"] = isinstance(first, Tensor) and first.dtype == torch.bfloat16
         signature: dict[str, str] = {}
         constants: dict[tuple[int, ...], object] = {}
         attributes: dict[tuple[int, ...], list[list[object]]] = {}
@@ -194,9 +194,34 @@ def run_fp8_linear(tokens: int, outputs: int, inputs: int, *, quantise: bool = F
     fp8_linear.fp8_linear(torch.zeros(tokens, 1, inputs, dtype=BF16), weight, quantise=quantise)
 
 
+def run_unpack_rows(pool: RowPool | KeyPool, dtype: torch.dtype) -> None:
+    unpack_rows.unpack_rows(pool, i64(5), dtype)
+
+
+def run_prefill_indexer(heads: int, dims: int) -> None:
+    keys = torch.zeros(9, dims, dtype=torch.bfloat16)
+    prefill_indexer.prefill_indexer(
+        torch.zeros(5, heads, dims), torch.zeros(5, heads), keys, start=32, ratio=4
+    )
+
+
+def run_prefill_attention(heads: int, dims: int, selected: int | None, dtype: torch.dtype) -> None:
+    prefill_attention.prefill_attention(
+        torch.zeros(5, heads, dims, dtype=dtype),
+        torch.zeros(9, dims, dtype=dtype),
+        None if selected is None else i64(5, selected),
+        torch.zeros(132, dims, dtype=dtype),
+        torch.zeros(heads),
+        start=640,
+        ratio=4 if selected else 128,
+        window_tokens=128,
+        softmax_scale=0.1,
+    )
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 Variant = tuple[ModuleType, str, Callable[[], None]]
-"""A module, its kernels that are launched (by name, between blanks), and what launches them."""
+"""A launcher's module, the kernels it launches, and a call of it."""
 VARIANTS: dict[str, Variant] = {
     "gather_blocks": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(987_008)),
     "gather_blocks-odd": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(1008)),
@@ -227,8 +252,29 @@ VARIANTS: dict[str, Variant] = {
         "score_resident",
         lambda: run_native_indexer(1, KeyLayout(64, 32, "mxfp4")),
     ),
-    "select_topk": (select_topk, "select_row", lambda: run_select_topk(262_144, 512)),
-    "select_topk-ones": (select_topk, "select_row", lambda: run_select_topk(1, 1)),
+    "prefill_indexer": (prefill_indexer, "score_tile", lambda: run_prefill_indexer(64, 128)),
+    "prefill_indexer-tiny": (prefill_indexer, "score_tile", lambda: run_prefill_indexer(8, 128)),
+    "prefill_indexer-ones": (prefill_indexer, "score_tile", lambda: run_prefill_indexer(1, 32)),
+    "prefill_attention": (prefill_attention, "attend", lambda: run_prefill_attention(64, 512, 512, BF16)),
+    "prefill_attention-c128": (
+        prefill_attention,
+        "attend",
+        lambda: run_prefill_attention(64, 512, None, BF16),
+    ),
+    "prefill_attention-tiny": (prefill_attention, "attend", lambda: run_prefill_attention(8, 128, 512, BF16)),
+    "prefill_attention-tiny-c128": (
+        prefill_attention,
+        "attend",
+        lambda: run_prefill_attention(8, 128, None, BF16),
+    ),
+    "prefill_attention-f32": (prefill_attention, "attend", lambda: run_prefill_attention(64, 512, 512, F32)),
+    "prefill_attention-ones": (prefill_attention, "attend", lambda: run_prefill_attention(1, 96, None, F32)),
+    "unpack_rows": (unpack_rows, "unpack_row_tile", lambda: run_unpack_rows(row_pool(FLASH), BF16)),
+    "unpack_rows-f32": (unpack_rows, "unpack_row_tile", lambda: run_unpack_rows(row_pool(SEEDED), F32)),
+    "unpack_rows-key": (unpack_rows, "unpack_key_tile", lambda: run_unpack_rows(key_pool(KEY), BF16)),
+    "unpack_rows-mxfp4": (unpack_rows, "unpack_key_tile", lambda: run_unpack_rows(key_pool(MXFP4_KEY), BF16)),
+    "select_topk": (select_topk, "find_maxima select_row", lambda: run_select_topk(262_144, 512)),
+    "select_topk-ones": (select_topk, "find_maxima select_row", lambda: run_select_topk(1, 1)),
     "sparse_decode": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
     "sparse_decode-bf16": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 128, 2048, BF16)),
     "sparse_decode-window": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 0, BF16)),
@@ -288,14 +334,13 @@ def main() -> None:
     """Compile all variants, print their shared memory."""
     shared_bytes = {}
     for name, (module, kernel_names, launch) in VARIANTS.items():
-        kernels = {kernel: getattr(module, kernel) for kernel in kernel_names.split()}
-        compilers = [CompilerInsteadOfLaunch(kernel) for kernel in kernels.values()]
-        for kernel, compiler in zip(kernels, compilers, strict=True):
-            setattr(module, kernel, compiler)
+        compilers = {each: CompilerInsteadOfLaunch(getattr(module, each)) for each in kernel_names.split()}
+        for each, compiler in compilers.items():
+            setattr(module, each, compiler)
         launch()
-        for kernel, original in kernels.items():
-            setattr(module, kernel, original)
-        shared_bytes[name] = max(compiler.shared_bytes for compiler in compilers)
+        for each, compiler in compilers.items():
+            setattr(module, each, compiler.kernel)
+        shared_bytes[name] = max(compiler.shared_bytes for compiler in compilers.values())
     print(json.dumps(shared_bytes))
 
 

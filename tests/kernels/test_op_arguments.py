@@ -17,8 +17,11 @@ from forepage_kernels.gather_rows import gather_rows
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
 from forepage_kernels.memory_indexer import memory_indexer
 from forepage_kernels.native_indexer import native_indexer
+from forepage_kernels.prefill_attention import prefill_attention
+from forepage_kernels.prefill_indexer import prefill_indexer
 from forepage_kernels.select_topk import select_topk
 from forepage_kernels.sparse_decode import sparse_decode
+from forepage_kernels.unpack_rows import unpack_rows
 
 ROWS = RowLayout(2, 64, 64, "fp8")
 KEYS = KeyLayout(2, 64, "fp8")
@@ -122,6 +125,23 @@ OPS = [
             "slots": i64(2),
         },
     ),
+    Op(
+        "prefill_indexer",
+        partial(prefill_indexer, start=4, ratio=4),
+        {"q": torch.zeros(2, 3, 64), "weights": torch.zeros(2, 3), "keys": torch.zeros(1, 64)},
+    ),
+    Op(
+        "prefill_attention",
+        partial(prefill_attention, start=4, ratio=4, window_tokens=3, softmax_scale=1.0),
+        {
+            "q": torch.zeros(2, 3, 64),
+            "rows": torch.zeros(1, 64),
+            "selected": i64(2, 1),
+            "window": torch.zeros(4, 64),
+            "sinks": torch.zeros(3),
+        },
+    ),
+    Op("unpack_rows", partial(unpack_rows, row_pool(), dtype=torch.float32), {"slots": i64(2)}),
 ]
 EACH_TENSOR = [pytest.param(op, name, id=f"{op.id}-{name}") for op in OPS for name in op.tensors]
 
@@ -164,7 +184,7 @@ SIZED = [
     pytest.param(op, name, id=f"{op.id}-{name}")
     for op in OPS
     for name in op.tensors
-    if name not in ("arena", "keys", "pool", "logits")
+    if name not in ("arena", "keys", "pool", "logits", "rows") and op.id != "unpack_rows"
 ]
 
 

@@ -96,3 +96,35 @@ def test_kernel_stays_inside_both_buffers(device: torch.device) -> None:
     offsets = torch.tensor([0, 0, 72, -8, -1], device=device)
     kernel.gather_blocks(pool, arena, block_ids=ids, arena_offsets=offsets)
     assert (pool == 0xFF).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [True, False], ids=["own-stream", "default-stream"])
+@pytest.mark.parametrize("case", params())
+def test_copy_engines_move_the_same_bytes(
+    case: Case,
+    own_stream: bool,
+    device: torch.device,
+    generator: torch.Generator,
+    register_arena: Callable[[Tensor], Tensor],
+) -> None:
+    pool, arena, ids, offsets = make(case, generator)
+    moved = pool.to(device, copy=True)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if own_stream else torch.cuda.default_stream()):
+        gather_blocks(moved, register_arena(arena), block_ids=ids, arena_offsets=offsets)
+    torch.cuda.synchronize()
+    reference.gather_blocks(pool, arena, block_ids=ids, arena_offsets=offsets)
+    assert torch.equal(moved.cpu(), pool)
+
+
+@pytest.mark.gpu
+def test_copy_engines_refuse_what_leaves_a_buffer(device: torch.device) -> None:
+    pool = torch.full((2, 64), 0xFF, dtype=torch.uint8, device=device)
+    arena = torch.zeros(128, dtype=torch.uint8)
+    for block_id, offset in ((2, 0), (0, 72), (1, -8)):
+        with pytest.raises(IndexError):
+            gather_blocks(
+                pool, arena, block_ids=torch.tensor([0, block_id]), arena_offsets=torch.tensor([0, offset])
+            )
+    assert (pool == 0xFF).all()

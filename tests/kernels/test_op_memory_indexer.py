@@ -96,6 +96,7 @@ def score(op: Callable[..., Tensor], call: Call, device: torch.device | str = "c
 
 def loop(case: Case, call: Call) -> Tensor:
     """The definition, one entry and head at a time."""
+    asked = call.queries if call.layout.format == "fp32" else call.queries.bfloat16()
     want = torch.zeros(case.batch, case.blocks * case.entries)
     for b, m, layer in torch.cartesian_prod(*(torch.arange(n) for n in call.plane_offsets.shape)).tolist():
         offset = int(call.plane_offsets[b, m, layer])
@@ -103,7 +104,7 @@ def loop(case: Case, call: Call) -> Tensor:
             slot = offset // call.pool.block_bytes * case.entries + entry
             key = load_rows(call.pool, torch.tensor(slot)).tolist()
             total = 0.0
-            for query, weight in zip(call.queries[b, layer], call.weights[b, layer].tolist(), strict=True):
+            for query, weight in zip(asked[b, layer], call.weights[b, layer].tolist(), strict=True):
                 total += weight * max(sum(x * y for x, y in zip(query.tolist(), key, strict=True)), 0.0)
             p = 1 / (1 + math.exp(-total))
             n = m * case.entries + entry

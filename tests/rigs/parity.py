@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from forepage.kv.geometry import KvFormat, KvGeometry
-from forepage.model.dense_attention import selection_mask
 from forepage.model.indexer import Indexer, IndexerQuery, IndexerTap
 from forepage.model.kv_pools import NAN_BYTE, DecodeBatch, KvPools, PoolCapacity, PrefillChunk
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
 from forepage_kernels.layout import KeyPool
+from forepage_kernels.prefill_attention.reference import selection_mask
 from rigs.parity_oracle import Choices, run_oracle
 
 CPU = torch.device("cpu")

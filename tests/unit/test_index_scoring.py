@@ -46,6 +46,8 @@ def load_indexer(made: KeyArena) -> MemoryIndexer:
 def dense_scores(made: KeyArena, slots: list[int]) -> F64:
     """The best probability of each block over layers and entries."""
     q, weights = load_indexer(made).queries(HIDDEN, POSITION)
+    if made.geometry.format is KvFormat.FP8:
+        q = q.bfloat16()  # beside quantised keys
     logits = np.stack(
         [
             indexer_logits(
@@ -125,6 +127,7 @@ def test_scoring_nothing_is_empty(tmp_path: Path) -> None:
 
 
 QUERY = torch.randn(SPEC.index_heads, SPEC.index_dims, generator=torch.Generator().manual_seed(17))
+QUERY = QUERY.bfloat16().float()  # as a model with quantised keys asks
 WEIGHTS = torch.randn(SPEC.index_heads, generator=torch.Generator().manual_seed(18))
 CLOSING = QUERY[:1].repeat(SPEC.index_heads, 1)
 """All heads ask the same, so the ReLU closes all or none: with negative weights half of the entries tie at

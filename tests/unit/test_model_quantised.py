@@ -102,12 +102,11 @@ class Compared:
         return self._settle(turned, stored, fp8, x.shape[-1], "fp8 key")
 
     def index_queries(self, layer: int, x: Tensor) -> Tensor:
-        """Rotated, and FP4 beside FP4 keys."""
+        """Rotated, and FP4 beside FP4 keys, bf16 beside FP8 ones."""
         turned, stored = plain_hadamard(x), self.stored.queries[layer]
         if self.key_format is KeyFormat.MXFP4:
             return self._settle(turned, stored, fp4, 32, "mxfp4 query")
-        torch.testing.assert_close(stored.double(), turned, atol=1e-5, rtol=0)
-        return turned
+        return self._settle(turned, stored, bf16, x.shape[-1], "bf16 query")
 
     def _rows(self, x: Tensor, stored: Tensor, name: str) -> Tensor:
         nope = x.shape[1] - CONFIG["qk_rope_head_dim"]

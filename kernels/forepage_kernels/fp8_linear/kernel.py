@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forepage_kernels.codec import decode_e8m0, encode_e4m3, power_of_2, scale_exponent
 from forepage_kernels.fp8_linear.weight import FP8_TILE, Fp8Weight
-from forepage_kernels.jit import jit, jit_unspecialised, on_device_of
+from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, on_device_of
 from forepage_kernels.weight_tiles import FP8_PER_WORD, decode_fp8, interleaved, words
 
 SPLIT_TOKENS = 256
@@ -95,7 +95,7 @@ def _multiply(x: Tensor, weight: Fp8Weight, sums: Tensor, tile: Tile, splits: in
         TOKENS=tile.tokens,
         ROWS=tile.rows,
         INTERLEAVED=is_long,
-        BF16=x.is_cuda and x.dtype == torch.bfloat16,
+        BF16=x.dtype == torch.bfloat16 and not is_interpreted(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

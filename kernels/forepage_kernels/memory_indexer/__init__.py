@@ -22,7 +22,8 @@ def memory_indexer(
     Shapes: queries f32|bf16 [B, L, H, D] (rotated like the stored keys), weights f32 [B, L, H],
     keys u8 [A] flat bytes, plane_offsets i64 [B, M, L] bytes -> f32 [B, M * entries].
     A negative offset is an absent plane. Scores at or below the threshold, and of entries absent in
-    every layer, are 0. With CUDA queries `keys` may be host memory registered with CUDA.
+    every layer, are 0. With quantised keys queries are rounded to bf16 first. With CUDA queries `keys`
+    may be host memory registered with CUDA.
     Source: FlashMemory's trained scorer over DeepSeek-V4's own indexer keys.
     """
     check_tensor(

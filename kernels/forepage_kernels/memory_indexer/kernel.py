@@ -1,13 +1,16 @@
 # ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
 """Triton memory_indexer: each program scores one tile of entries in every target layer."""
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.jit import jit, on_device_of
-from forepage_kernels.key_scores import TILE_ENTRIES, score_keys, tile_heads
+from forepage_kernels.jit import is_interpreted, jit, on_device_of
+from forepage_kernels.key_scores import TILE_ENTRIES, rounded_queries, score_keys, tile_heads
 from forepage_kernels.layout import KeyLayout
+
+MAX_TILE_HEADS = 128
+NUM_WARPS = 4
+"""Both as docs/kernels.md found them fastest."""
 
 
 def memory_indexer(
@@ -27,7 +30,7 @@ def memory_indexer(
         return scores
     with on_device_of(queries):
         score_entries[(-(-num_entries // TILE_ENTRIES), batch)](
-            queries,
+            rounded_queries(queries),
             weights,
             keys,
             plane_offsets,
@@ -42,9 +45,10 @@ def memory_indexer(
             VALUE_BYTES=layout.value_bytes,
             SCALE_BYTES=layout.scale_bytes,
             TILE=TILE_ENTRIES,
-            BLOCK_H=tile_heads(heads),
+            BLOCK_H=tile_heads(heads, MAX_TILE_HEADS),
             MXFP4=layout.format == "mxfp4",
-            BF16=queries.is_cuda and queries.dtype == torch.bfloat16,
+            BF16=not is_interpreted(),
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
     return scores

@@ -19,12 +19,13 @@ def memory_indexer(
     """See the package."""
     batch, num_blocks, layers = plane_offsets.shape
     scores = weights.new_zeros(batch, num_blocks, layout.entries)
+    asked = (queries.bfloat16() if layout.rotated else queries).float()
     for b in range(batch):
         for layer in range(layers):
             offsets = plane_offsets[b, :, layer]
             present = (offsets >= 0).nonzero().squeeze(1)  # [m]
             k = _read_keys(keys, offsets[present], layout).to(queries.device)  # [m * entries, D]
-            logits = torch.relu(k @ queries[b, layer].float().T) @ weights[b, layer]
+            logits = torch.relu(k @ asked[b, layer].T) @ weights[b, layer]
             probability = torch.sigmoid(logits).view(-1, layout.entries)
             scores[b, present] = torch.maximum(scores[b, present], probability)
     return torch.where(scores > threshold, scores, 0.0).view(batch, -1)

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
+from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.moe.experts import Fp4Experts
 from forepage_kernels.moe.sorting import SortedPairs, sort_pairs
 from forepage_kernels.weight_tiles import FP4_PER_WORD, decode_fp4, interleaved, words
@@ -86,7 +86,7 @@ def launch_gate_up(
         ROWS=tile.rows,
         WORDS=tile.words,
         INTERLEAVED=is_long,
-        BF16=x.is_cuda and x.dtype == torch.bfloat16,
+        BF16=x.dtype == torch.bfloat16 and not is_interpreted(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -106,7 +106,7 @@ def launch_down(hidden: Tensor, experts: Fp4Experts, pairs: SortedPairs, outputs
         TOKENS=tile.tokens,
         ROWS=tile.rows,
         WORDS=tile.words,
-        BF16=hidden.is_cuda and hidden.dtype == torch.bfloat16,
+        BF16=hidden.dtype == torch.bfloat16 and not is_interpreted(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

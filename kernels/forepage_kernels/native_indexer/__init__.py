@@ -15,7 +15,8 @@ def native_indexer(
 
     Shapes: q f32 [B, H, D] (rotated like the stored keys), weights f32 [B, H] (signed),
     block_table i32 [B, M] block_idx -> block id (negative = absent), visible i64 [B] entries
-    -> f32 [B, M * entries].  Source: DeepSeek-V4 inference/model.py, Indexer.forward.
+    -> f32 [B, M * entries]. With quantised keys q is rounded to bf16 first; fp32 all the way after that.
+    Source: DeepSeek-V4 inference/model.py, Indexer.forward.
     """
     device = pool.bytes.device
     check_tensor("q", q, dtype=torch.float32, shape=[None, None, pool.layout.dims], device=device)

@@ -5,9 +5,13 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.codec import plane_base
-from forepage_kernels.jit import jit_unspecialised, on_device_of
-from forepage_kernels.key_scores import TILE_ENTRIES, score_keys, tile_heads
+from forepage_kernels.jit import is_interpreted, jit_unspecialised, on_device_of
+from forepage_kernels.key_scores import TILE_ENTRIES, rounded_queries, score_keys, tile_heads
 from forepage_kernels.layout import KeyPool
+
+MAX_TILE_HEADS = 64
+NUM_WARPS = 8
+"""Both as docs/kernels.md found them fastest."""
 
 
 def native_indexer(
@@ -22,7 +26,7 @@ def native_indexer(
         return scores
     with on_device_of(q):
         score_resident[(-(-num_entries // TILE_ENTRIES), batch)](
-            q,
+            rounded_queries(q),
             weights,
             pool.bytes,
             block_table,
@@ -38,8 +42,10 @@ def native_indexer(
             VALUE_BYTES=pool.layout.value_bytes,
             SCALE_BYTES=pool.layout.scale_bytes,
             TILE=TILE_ENTRIES,
-            BLOCK_H=tile_heads(heads),
+            BLOCK_H=tile_heads(heads, MAX_TILE_HEADS),
+            BF16=not is_interpreted(),
             MXFP4=pool.layout.format == "mxfp4",
+            num_warps=NUM_WARPS,
             num_stages=1,
         )
     return scores
@@ -64,6 +70,7 @@ def score_resident(
     SCALE_BYTES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BF16: tl.constexpr,
     MXFP4: tl.constexpr,
 ) -> None:
     """Shapes as in the package."""
@@ -85,7 +92,7 @@ def score_resident(
         TILE,
         DIMS,
         BLOCK_H,
-        False,
+        BF16,
         MXFP4,
     )
     score = tl.where(present, score, float("-inf"))

@@ -10,13 +10,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.codec import load_bf16, load_e4m3, plane_base, power_of_2
-from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
+from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
 from forepage_kernels.layout import SCALE_GROUP, RowPool
+from forepage_kernels.row_tile import load_row_tile
 
-TILE_HEADS = 16
-"""The smallest side of a matrix product on tensor cores: few sequences still fill the GPU."""
-TILE_ROWS = {torch.float32: 16, torch.bfloat16: 32}
+MIN_HEADS = 16
+"""The smallest side of a matrix product on tensor cores."""
+TILE_HEADS = {torch.float32: 16, torch.bfloat16: 64}
+"""A row is decoded once for all heads of a program (docs/kernels.md)."""
+TILE_ROWS = {torch.float32: 16, torch.bfloat16: 64}
 """A tile of 512-wide fp32 rows is split into three tf32 parts: 16 is what shared memory holds."""
 
 
@@ -36,8 +38,9 @@ def sparse_decode(
     if out.numel() == 0:
         return out
     first = window if compressed is None else compressed
+    block_h = max(MIN_HEADS, min(TILE_HEADS[q.dtype], next_power_of_2(heads)))
     with on_device_of(q):
-        attend[(-(-heads // TILE_HEADS), batch)](
+        attend[(-(-heads // block_h), batch)](
             q,
             first.bytes,
             compressed_slots,
@@ -61,9 +64,9 @@ def sparse_decode(
             DIMS=dims,
             SCALE_BYTES=window.layout.scale_bytes,
             BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
-            BLOCK_H=TILE_HEADS,
+            BLOCK_H=block_h,
             BLOCK_N=TILE_ROWS[q.dtype],
-            BF16=q.is_cuda and q.dtype == torch.bfloat16,
+            BF16=q.dtype == torch.bfloat16 and not is_interpreted(),
             num_warps=8,
         )
     return out
@@ -137,41 +140,6 @@ def load_slots(
     index = start + tl.arange(0, BLOCK_N)
     slot = tl.load(slots + index, mask=index < count, other=-1)
     return tl.where((slot >= 0) & (slot < pool_slots), slot, -1)
-
-
-@jit
-def load_row_tile(
-    pool: tl.tensor,
-    slot: tl.tensor,
-    block_bytes: tl.tensor,
-    layer_offset: tl.tensor,
-    ENTRIES: tl.constexpr,
-    NOPE: tl.constexpr,
-    DIMS: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> tl.tensor:
-    """fp8 rows of slots i64 [N] -> f32 [N, BLOCK_D]; zeros for slot -1 and beyond DIMS."""
-    value_bytes: tl.constexpr = NOPE + 2 * (DIMS - NOPE)
-    groups: tl.constexpr = BLOCK_D // 64
-    present = slot >= 0
-    plane = plane_base(slot, block_bytes, layer_offset, ENTRIES)
-    entry = slot % ENTRIES
-    value = pool + tl.multiple_of(plane + entry * value_bytes, 8)
-    scale = pool + tl.multiple_of(plane + ENTRIES * value_bytes + entry * SCALE_BYTES, 8)
-    group = tl.arange(0, groups)
-    scaled = present[:, None] & (group * 64 < NOPE)[None, :]
-    exponent = tl.load(scale[:, None] + group[None, :], mask=scaled, other=0).to(tl.int32)  # [N, groups]
-    grouped_dim = group[:, None] * 64 + tl.arange(0, 64)[None, :]  # [groups, 64]
-    nope = load_e4m3(
-        value[:, None, None] + grouped_dim[None, :, :],
-        present[:, None, None] & (grouped_dim < NOPE)[None, :, :],
-    )
-    nope = tl.reshape(nope * power_of_2(exponent)[:, :, None], [slot.shape[0], BLOCK_D])
-    dim = tl.arange(0, BLOCK_D)
-    is_rope = (dim >= NOPE) & (dim < DIMS)
-    rope = load_bf16((value + NOPE)[:, None], (dim - NOPE)[None, :], present[:, None] & is_rope[None, :])
-    return tl.where(is_rope[None, :], rope, nope)
 
 
 @jit

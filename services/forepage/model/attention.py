@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forepage.model.branch import C4Branch, C128Branch, DecodeRows, PrefillRows, Pulls, branch_of
-from forepage.model.dense_attention import attend_masked, tile_tokens, window_mask
+from forepage.kv.geometry import C4_RATIO
+from forepage.model.branch import C4Branch, C128Branch, DecodeRows, Pulls, branch_of, exact_dtype
 from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import PoolLayers
 from forepage.model.norm import rms_norm, unit_rms
@@ -23,8 +23,10 @@ from forepage.model.step import DecodeStep, PrefillStep, TokenRopes
 from forepage.model.weight_matrix import WeightMatrix, matrix_of
 from forepage_kernels.compress_quantize import compress_quantize
 from forepage_kernels.gather_rows import gather_rows
-from forepage_kernels.layout import RowPool, load_rows
+from forepage_kernels.layout import RowPool
+from forepage_kernels.prefill_attention import prefill_attention
 from forepage_kernels.sparse_decode import sparse_decode
+from forepage_kernels.unpack_rows import unpack_rows
 
 
 @dataclass(frozen=True)
@@ -105,26 +107,19 @@ class Attention:
         q, latent = self._query(x, rope)
         window = self._window_rows(x, rope, step, pools)  # [before + S, d]
         rows = None if self.branch is None else self.branch.prefill(x, latent, step, pools)
-        attended = self._attend_tiles(q, window, rows, step)
-        return Attended(self._output(attended, rope), None if rows is None else rows.tap)
-
-    def _attend_tiles(self, q: Tensor, window: Tensor, rows: PrefillRows | None, step: PrefillStep) -> Tensor:
-        """q [S, H, d] -> f32 [S, H, d], some tokens at a time, each tile over the rows it can see."""
-        num_tokens, width = q.shape[0], self.spec.window_tokens
-        first_row = step.start - (window.shape[0] - num_tokens)  # token of window[0]
-        tile = tile_tokens(self._num_heads, width if rows is None else width + rows.rows.shape[0])
-        outputs = []
-        for first in range(0, num_tokens, tile):
-            last = min(first + tile, num_tokens)
-            start, end = step.start + first, step.start + last
-            oldest = max(start - width + 1, first_row)
-            seen = window[oldest - first_row : end - first_row]
-            mask = window_mask(start, end, oldest, width, device=q.device)
-            if rows is not None:
-                visible, compressed_mask = rows.visible(first, last, start=step.start)
-                seen, mask = torch.cat((visible, seen)), torch.cat((compressed_mask, mask), dim=1)
-            outputs.append(attend_masked(q[first:last], seen, mask, self.sinks, scale=self._scale))
-        return torch.cat(outputs)
+        tap = None if rows is None else rows.tap
+        attended = prefill_attention(
+            q,
+            window[:0] if rows is None else rows.rows,
+            None if tap is None else tap.selected,
+            window,
+            self.sinks,
+            start=step.start,
+            ratio=C4_RATIO if rows is None else rows.ratio,
+            window_tokens=self.spec.window_tokens,
+            softmax_scale=self._scale,
+        )
+        return Attended(self._output(attended, rope), tap)
 
     @property
     def _num_heads(self) -> int:
@@ -148,12 +143,13 @@ class Attention:
         """Stored rows of the window before the chunk and of the chunk itself; the ring ends at its end.
 
         The chunk may be longer than the ring, so its rows are made in a pool of their own and the last
-        ones are copied. Returns f32 [before + S, d].
+        ones are copied. Returns [before + S, d], decoded.
         """
         ring, width = pools.window(self.layer), self.spec.window_tokens
         first = step.slot * width
         before = torch.arange(max(step.start - width + 1, 0), step.start, device=x.device)
-        old_rows = load_rows(ring, first + before % width)
+        dtype = exact_dtype(ring, x.dtype)
+        old_rows = unpack_rows(ring, first + before % width, dtype)
         num_planes = -(-step.num_tokens // width)
         plane_bytes = pools.geometry.window_plane_bytes
         chunk = RowPool(x.new_zeros(num_planes, plane_bytes, dtype=torch.uint8), 0, ring.layout)
@@ -167,7 +163,7 @@ class Attention:
             plane_offsets=kept // width * plane_bytes,
             entries=kept % width,
         )
-        return torch.cat((old_rows, load_rows(chunk, places)))
+        return torch.cat((old_rows, unpack_rows(chunk, places, dtype)))
 
     def _store_window(self, x: Tensor, rope: Rotation, pool: RowPool, slots: Tensor) -> None:
         """Store the tokens' own rows: x [n, D], slots i64 [n]."""

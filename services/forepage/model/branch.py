@@ -14,13 +14,13 @@ from torch import Tensor
 
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO
 from forepage.model.compressor import Compressor
-from forepage.model.dense_attention import closed_mask, selection_mask
 from forepage.model.indexer import Indexer, IndexerTap
 from forepage.model.kv_pools import NOT_RESIDENT, DecodeBatch, PoolLayers, block_slots
 from forepage.model.spec import ModelSpec
 from forepage.model.step import DecodeStep, PrefillStep
 from forepage_kernels.gather_rows import gather_rows
-from forepage_kernels.layout import RowPool, load_rows
+from forepage_kernels.layout import RowPool
+from forepage_kernels.unpack_rows import unpack_rows
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,11 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PrefillRows:
-    """Every closed entry's stored row f32 [N, d]; `tap` narrows them per token in c4 layers."""
+    """Every closed entry's stored row, decoded [N, d]; `tap` narrows them per token in c4 layers."""
 
     rows: Tensor
     ratio: int
     tap: IndexerTap | None = None
-
-    def visible(self, first: int, last: int, *, start: int) -> tuple[Tensor, Tensor]:
-        """Rows [n, d] and mask [T, n] for tokens first..last-1 of a chunk that starts at `start`."""
-        num_entries = (start + last) // self.ratio
-        if self.tap is None:
-            mask = closed_mask(start + first, start + last, self.ratio, device=self.rows.device)
-        else:
-            mask = selection_mask(self.tap.selected[first:last], num_entries)
-        return self.rows[:num_entries], mask
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class C4Branch:
         ask = self.indexer.query(x, latent, step.ropes.compressed, keys=keys.layout)
         tap = self.indexer.select_prefill(ask, keys, slots=step.key_slots, start=step.start)
         self.compressor.prefill(x, row_state[step.slot], new_rows, start=step.start)
-        return PrefillRows(load_rows(rows, step.row_slots), C4_RATIO, tap)
+        return PrefillRows(unpack_rows(rows, step.row_slots, exact_dtype(rows, x.dtype)), C4_RATIO, tap)
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,12 @@ class C128Branch:
         rows = pools.c128(self.c128_idx)
         state, new = pools.c128_state(self.c128_idx)[step.slot], step.new_c128.into(rows)
         self.compressor.prefill(x, state, new, start=step.start)
-        return PrefillRows(load_rows(rows, step.c128_slots), C128_RATIO)
+        return PrefillRows(unpack_rows(rows, step.c128_slots, exact_dtype(rows, x.dtype)), C128_RATIO)
+
+
+def exact_dtype(pool: RowPool, dtype: torch.dtype) -> torch.dtype:
+    """The model's dtype where it holds the pool's rows exactly, else fp32."""
+    return torch.float32 if pool.layout.format == "fp32" else dtype
 
 
 def branch_of(weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> C4Branch | C128Branch | None:

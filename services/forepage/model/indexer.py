@@ -4,7 +4,8 @@ Score of entry w = sum over heads of a_h * relu(q_h . k_w), with signed head wei
 own compressor (ratio 4) and live in the key pool. Quantised keys are stored Hadamard-rotated, so queries are
 rotated too; the rotation is orthonormal and leaves scores unchanged. With mxfp4 keys queries are rounded to
 FP4 as well: both sides then hold what the reference's QAT simulation computes with. With fp8 keys they are
-not, which no reference does: scores are nearer to the unquantised model's than the reference's are.
+rounded to bf16, which no reference does: scores are nearer to the unquantised model's than the reference's
+are, and every product of a stored key and a query is exact wherever it is computed.
 Source: DeepSeek-V4 Indexer. Ties go to the lower entry, in decode and prefill alike.
 """
 
@@ -20,13 +21,15 @@ from forepage.model.compressor import Compressor
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.weight_matrix import WeightMatrix, matrix_of
-from forepage_kernels.layout import KeyLayout, KeyPool, hadamard, load_rows
+from forepage_kernels.layout import KeyLayout, KeyPool, hadamard
 from forepage_kernels.mxfp4 import simulate_mxfp4
 from forepage_kernels.native_indexer import native_indexer
+from forepage_kernels.prefill_indexer import prefill_indexer
 from forepage_kernels.select_topk import select_topk
+from forepage_kernels.unpack_rows import unpack_rows
 
-PREFILL_SCORES = 1 << 24
-"""Head scores [tokens, H, N] held at once in prefill; longer chunks are scored in tiles of tokens."""
+PREFILL_SCORES = 1 << 26
+"""Scores [tokens, N] held at once in prefill, 256 MB; longer chunks are scored in tiles of tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Indexer:
             query = hadamard(query)
         if keys.format == "mxfp4":
             query = simulate_mxfp4(query)
+        elif keys.rotated:
+            query = query.bfloat16().float()
         return IndexerQuery(query, weights)
 
     def select(self, ask: IndexerQuery, pool: KeyPool, *, block_table: Tensor, visible: Tensor) -> IndexerTap:
@@ -95,12 +100,14 @@ class Indexer:
 
     def select_prefill(self, ask: IndexerQuery, pool: KeyPool, *, slots: Tensor, start: int) -> IndexerTap:
         """Top entries of each of S consecutive tokens from `start` on, all N keys given by slots i64 [N]."""
-        keys = load_rows(pool, slots)  # [N, D]
-        tile = max(1, PREFILL_SCORES // (self.spec.index_heads * max(1, keys.shape[0])))
+        keys = unpack_rows(pool, slots, torch.bfloat16 if pool.layout.rotated else torch.float32)  # [N, D]
+        tile = max(1, PREFILL_SCORES // max(1, keys.shape[0]))
         taps = []
         for first in range(0, ask.query.shape[0], tile):
             part = IndexerQuery(ask.query[first : first + tile], ask.weights[first : first + tile])
-            taps.append(self._tap(part, _causal_scores(part, keys, start + first)))
+            at = start + first
+            scores = prefill_indexer(part.query, part.weights, keys, start=at, ratio=C4_RATIO)  # [T, N]
+            taps.append(self._tap(part, scores))
         return IndexerTap(
             query=ask.query,
             weights=ask.weights,
@@ -119,14 +126,3 @@ class Indexer:
             selected=selected,
             scores=picked.masked_fill(selected < 0, float("-inf")),
         )
-
-
-def _causal_scores(ask: IndexerQuery, keys: Tensor, start: int) -> Tensor:
-    """Scores f32 [T, N] of consecutive tokens from `start` on, -inf for entries not yet closed."""
-    (num_tokens, num_heads), num_entries = ask.weights.shape, keys.shape[0]
-    dots = F.relu(torch.matmul(ask.query.flatten(0, 1), keys.T), inplace=True)  # [T * H, N]
-    dots = dots.view(num_tokens, num_heads, num_entries)
-    scores = torch.bmm(ask.weights.unsqueeze(1), dots).squeeze(1)  # [T, N]
-    closed = (torch.arange(start, start + num_tokens, device=keys.device) + 1) // C4_RATIO  # [T]
-    future = torch.arange(num_entries, device=keys.device) >= closed.unsqueeze(1)
-    return scores.masked_fill_(future, float("-inf"))

@@ -1,7 +1,4 @@
-"""Prefill attention: one key-value head shared by all query heads, masked, with a sink.
-
-Rows are both keys and values. The sink adds to the softmax denominator only. fp32 throughout.
-"""
+"""Plain torch prefill_attention: dense with a mask, some tokens at a time. fp32 throughout."""
 
 import torch
 from torch import Tensor
@@ -11,7 +8,38 @@ TILE_SCORES = 1 << 24
 """Scores [tokens, H, rows] held at once."""
 
 
-def tile_tokens(num_heads: int, num_rows: int) -> int:
+def prefill_attention(
+    q: Tensor,
+    rows: Tensor,
+    selected: Tensor | None,
+    window: Tensor,
+    sinks: Tensor,
+    *,
+    start: int,
+    ratio: int,
+    window_tokens: int,
+    softmax_scale: float,
+) -> Tensor:
+    """See the package."""
+    out = torch.empty_like(q)
+    num_tokens, num_heads, _ = q.shape
+    first_row = start - (window.shape[0] - num_tokens)  # token of window[0]
+    tile = _tile_tokens(num_heads, window_tokens + rows.shape[0])
+    for first in range(0, num_tokens, tile):
+        last = min(first + tile, num_tokens)
+        begin, end = start + first, start + last
+        oldest = max(begin - window_tokens + 1, first_row)
+        num_closed = min(end // ratio, rows.shape[0])
+        mask = closed_mask(begin, end, ratio, device=q.device)[:, :num_closed]
+        if selected is not None:
+            mask = mask & selection_mask(selected[first:last], num_closed)
+        seen = torch.cat((rows[:num_closed], window[oldest - first_row : end - first_row])).float()
+        mask = torch.cat((mask, window_mask(begin, end, oldest, window_tokens, device=q.device)), dim=1)
+        out[first:last] = attend_masked(q[first:last], seen, mask, sinks, scale=softmax_scale)
+    return out
+
+
+def _tile_tokens(num_heads: int, num_rows: int) -> int:
     """How many query tokens to attend at once over so many rows."""
     return max(1, min(MAX_TILE_TOKENS, TILE_SCORES // (num_heads * max(1, num_rows))))
 
@@ -45,6 +73,7 @@ def closed_mask(start: int, end: int, ratio: int, *, device: torch.device) -> Te
 
 
 def selection_mask(selected: Tensor, num_entries: int) -> Tensor:
-    """selected i64 [T, k] below num_entries, negative = none -> bool [T, num_entries]."""
+    """selected i64 [T, k], below 0 or from num_entries on: none -> bool [T, num_entries]."""
     mask = torch.zeros(selected.shape[0], num_entries + 1, dtype=torch.bool, device=selected.device)
-    return mask.scatter_(1, torch.where(selected >= 0, selected, num_entries), True)[:, :num_entries]
+    is_entry = (selected >= 0) & (selected < num_entries)
+    return mask.scatter_(1, torch.where(is_entry, selected, num_entries), True)[:, :num_entries]
