@@ -163,6 +163,15 @@ class WorkerSettings(_Section):
         1, ge=1, le=64, description="ranks the model is split over: GPUs, or processes on the CPU"
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences decoded together")
+    decode_graphs: int = Field(
+        48, ge=0, le=1024, description="CUDA graphs of decode steps kept, one for each shape; 0: none"
+    )
+    ahead_steps: int | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="decode steps launched before the last is read; none: 1 on one GPU, else 0",
+    )
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
     prefill_chunk_tokens: int = Field(512, ge=128, multiple_of=128, description="tokens of a prefill step")

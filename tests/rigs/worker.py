@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,9 @@ from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtyp
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.assembly import ModelFolder, assemble, assemble_rank
+from forepage.worker.device import Device
 from forepage.worker.loop import Loop
+from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.parts import WorkerParts
 from forepage.worker.rank_device import RankDevice
 from forepage.worker.request import Request
@@ -289,9 +291,13 @@ def worker_rig(
     kv_format: str = "fp8",
     weight_dtype: WeightDtype = WeightDtype.FP32,
     num_ranks: int = 1,
+    padded: bool = False,
     **changes: Any,
 ) -> Iterator[WorkerRig]:
-    """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads."""
+    """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
+
+    `padded`: decode steps go through static buffers, as on a GPU.
+    """
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
         "interval_steps": 16,
@@ -322,7 +328,11 @@ def worker_rig(
             telemetry=telemetry,
             ranks=ranks,
         )
-        _poisoned(parts.device.local)
+        local = _poisoned(parts.device.local)
+        if padded:
+            rows = settings.worker.max_running
+            steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry)
+            parts = replace(parts, device=Device(local, padded=steps))
         try:
             yield WorkerRig(parts, arena, index, followers)
         finally:

@@ -67,12 +67,19 @@ class Lookahead:
         self._begin_interval(sequence)
         return self._ask(sequence, tap, predict=True, audit=False)
 
+    def wants_tap(self, sequence: Sequence, step: int) -> bool:
+        """Whether `after_step` may need what the sequence's step-th decode step leaves."""
+        state = sequence.lookahead
+        if sequence.request.mode is ResidencyMode.FULL:
+            return False
+        return step >= state.next_boundary or step in state.audit_steps
+
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""
         state, settings = sequence.lookahead, self._parts.settings
         step = sequence.report.decode_steps
         is_boundary = step >= state.next_boundary
-        if sequence.request.mode is ResidencyMode.FULL or not (is_boundary or step in state.audit_steps):
+        if not self.wants_tap(sequence, step):
             return
         is_guarded = sequence.request.mode is ResidencyMode.GUARDED
         audit = is_guarded or sequence.request.audit
@@ -117,8 +124,15 @@ class Lookahead:
         self._asked.clear()
 
     def tick(self, sequence: Sequence) -> None:
-        """Between steps: commit what has arrived, start what was decided."""
+        """Between steps: commit what has arrived, start what was decided.
+
+        Not while an audited step is under way: its audit is about the set it saw, and asked when it is read.
+        """
         state = sequence.lookahead
+        if sequence.unread_taps:
+            if state.load is not None and state.load.future.done():
+                self._residency.check_load(sequence)
+            return
         if state.load is not None:
             if not state.load.future.done():
                 return

@@ -1,8 +1,9 @@
 """The worker's loop: one thread that owns every sequence and the device. Read this top-down.
 
 Each turn: take in messages, commit what has arrived, admit, then one step: a prefill chunk or a decode
-step for the whole batch, in turns when both are due. Nothing in it waits for another process; it sleeps
-only when no sequence can take a step.
+step for the whole batch, in turns when both are due. On a GPU the step of a turn is launched before that of
+the turn before is read, so the device never waits for the host. Nothing in it waits for another process; it
+sleeps only when no sequence can take a step.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ class Loop:
         self._lookahead = Lookahead(parts, self._auditing, self._residency)
         self._prefill = Prefill(parts, self._write_back)
         self._decode = Decode(parts, self._lookahead, self._write_back)
+        self._num_ahead = parts.ahead_steps
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.broken: BaseException | None = None
 
@@ -151,14 +153,22 @@ class Loop:
         self._admit()
         self._release_ended()
         prefills = [s for s in self._live.values() if s.phase is Phase.PREFILL]
-        decodes = [s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None]
+        decodes = self._ready()
         if prefills and (self._prefill_turn or not decodes):
+            self._read_steps(0)
             self._guarded(prefills[0], self._prefill_step)
         elif decodes:
             self._decode_step(decodes)
+        elif self._decode.num_unread:
+            self._read_steps(0)
         else:
             self._wait()
         self._prefill_turn = not self._prefill_turn
+
+    def _ready(self) -> list[Sequence]:
+        """Sequences that can take a decode step."""
+        decodes = (s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None)
+        return [s for s in decodes if not s.awaits_last_token]
 
     def _take_messages(self) -> None:
         while not self._inbox.empty():
@@ -242,10 +252,23 @@ class Loop:
         sequence.phase = Phase.DECODE
 
     def _decode_step(self, batch: list[Sequence]) -> None:
-        for sequence, pick in zip(batch, self._decode.step(batch), strict=True):
-            self._emit_token(sequence, pick)
-            if sequence.failure is not None and sequence.phase is not Phase.DONE:
-                self._fail(sequence, sequence.failure)
+        """Launch a step of all, read those before it; a sequence that the host samples can't run ahead."""
+        num_ahead = self._num_ahead
+        if any(sequence.is_sampled_on_host for sequence in batch):
+            num_ahead = 0
+            self._read_steps(0)
+            batch = self._ready()
+        if batch:
+            self._decode.launch(batch)
+        self._read_steps(num_ahead)
+
+    def _read_steps(self, num_ahead: int) -> None:
+        """Take in the oldest steps until so many are under way."""
+        while self._decode.num_unread > num_ahead:
+            for sequence, pick in self._decode.read():
+                self._emit_token(sequence, pick)
+                if sequence.failure is not None and sequence.phase is not Phase.DONE:
+                    self._fail(sequence, sequence.failure)
 
     def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
         sequence.take_token(pick.token)
@@ -313,6 +336,7 @@ class Loop:
             return
         self._admission.remove(sequence)
         self._lookahead.forget(sequence)
+        self._decode.forget(sequence)
         if sequence.stage_span is not None:
             sequence.stage_span.end()
         set_attributes(sequence.span, output_tokens=sequence.num_generated)
@@ -324,6 +348,8 @@ class Loop:
 
     def _try_release(self, sequence: Sequence) -> bool:
         load = sequence.lookahead.load
+        if sequence.num_unread:
+            return False
         if sequence.grant is not None:
             if not sequence.grant.done():
                 return False

@@ -1,7 +1,8 @@
 """Carries out what was decided about a sequence's resident set: load in waves, then commit.
 
 Ids are allocated before a load starts and named by no table until it is done; blocks that leave are
-freed in the commit, which runs between two steps, after the last step that could read them has ended.
+freed in the commit, which runs between two steps. A step launched before may still read them: whoever
+writes a freed block next does it behind that step, on its stream or behind an event recorded after it.
 """
 
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from forepage.errors import DependencyError
 from forepage.kv.ids import BlockIdx
 from forepage.kv.prefetch_plan import LoadWave, fit_waves, plan_residency
+from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.commands import SKIP, BlockLoad
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
@@ -101,15 +103,14 @@ class Residency:
         self._commit(sequence, pinned_from, {}, {}, rows, keys)
         try_change_promise(self._parts, sequence, held_quota(self._parts, sequence))
 
-    def finish_load(self, sequence: Sequence) -> None:
-        """The load's event has fired: check its records again, commit, start the next wave.
+    def check_load(self, sequence: Sequence) -> None:
+        """The load's event has fired: check its records again.
 
         Raises: DependencyError when a record changed under the load: no table ever names its blocks.
         """
         load = sequence.lookahead.load
         assert load is not None
         load.future.result()
-        done_ns = time.time_ns()
         lost = [idx for idx in load.wave.load if not self._still_there(sequence, idx)]
         if lost:
             self._parts.telemetry.count(MetricName.FALLBACKS, len(lost), fallback="lost_record")
@@ -118,6 +119,13 @@ class Residency:
                 None,
                 1.0,
             )
+
+    def finish_load(self, sequence: Sequence) -> None:
+        """Check the load, commit it, start the next wave. Raises: as `check_load`."""
+        load = sequence.lookahead.load
+        assert load is not None
+        done_ns = time.time_ns()
+        self.check_load(sequence)
         sequence.lookahead.load = None
         start_ns = time.time_ns()
         drops, held_keys = load.wave.drop, sequence.resident.key_id_by_block
@@ -140,10 +148,10 @@ class Residency:
         if load.question is not None:
             self._end_question(sequence, load.question, load.outcome)
         if load.is_repair and sequence.lookahead.repair_since is not None:
-            waited = sequence.num_processed - sequence.lookahead.repair_since
+            waited = sequence.num_launched - sequence.lookahead.repair_since
             sequence.report.tokens_before_escalation += waited
             sequence.lookahead.repair_since = None
-            sequence.lookahead.audits_from = sequence.num_processed
+            sequence.lookahead.audits_from = sequence.num_launched
 
     def _start_waves(
         self,
@@ -219,14 +227,19 @@ class Residency:
         drop_keys: Iterable[int],
     ) -> None:
         """Swap the set, make the tables say so, free what left: what attention sees changes here alone."""
+        row_drops, key_drops = tuple(drop_rows), tuple(drop_keys)
         freed = sequence.resident.commit(
             pinned_from=pinned_from,
             loaded_rows=rows,
             loaded_keys=keys,
-            drop_rows=drop_rows,
-            drop_keys=drop_keys,
+            drop_rows=row_drops,
+            drop_keys=key_drops,
         )
-        self._parts.device.set_residency(sequence.holds.slot, sequence.resident)
+        self._parts.device.edit_residency(
+            sequence.holds.slot,
+            dict.fromkeys(row_drops, NOT_RESIDENT) | rows,
+            dict.fromkeys(key_drops, NOT_RESIDENT) | keys,
+        )
         self._parts.blocks.rows.free(freed.row_ids)
         self._parts.blocks.keys.free(freed.key_ids)
 

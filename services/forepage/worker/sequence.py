@@ -29,6 +29,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
 from forepage.worker.arena_access import Grant
 from forepage.worker.constraint import Constraint
+from forepage.worker.host_copy import HostCopy
 from forepage.worker.lookahead_state import LookaheadState
 from forepage.worker.report import Report
 from forepage.worker.request import Request
@@ -102,7 +103,7 @@ class Snapshot:
     """Window and compressor state after `num_tokens` tokens, a multiple of 256 (model/resume.py)."""
 
     num_tokens: int
-    payload: Tensor
+    payload: HostCopy
 
 
 @dataclass
@@ -119,6 +120,10 @@ class Sequence:
     phase: Phase = Phase.WAITING
     tokens: list[int] = field(default_factory=list)
     num_processed: int = 0
+    num_unread: int = 0
+    """Steps launched whose tokens were not read yet; `num_processed` does not count them."""
+    unread_taps: int = 0
+    """Those of them whose taps are wanted: until they are read the resident set stays as they saw it."""
     cached_tokens: int = 0
     clean: bool = True
     grant: Future[Grant] | None = None
@@ -171,6 +176,21 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_launched(self) -> int:
+        """Tokens processed, or being processed by steps that were launched."""
+        return self.num_processed + self.num_unread
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the steps launched give all that it may generate."""
+        return self.num_generated + self.num_unread >= self.request.max_tokens
+
+    @property
+    def is_sampled_on_host(self) -> bool:
+        """Whether its next token can't be picked before the host has read the last one."""
+        return self.constraint is not None or not self.request.sampling.is_plain
 
     def sampling_row(self, position: int) -> Row:
         """Its turn in the sampler; `position` is the one the new token will have."""
