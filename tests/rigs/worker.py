@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from forepage.kv.prefix_hash import PrefixHasher
 from forepage.model.rank_group import RankGroup
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtype, WorkerSettings
+from forepage.settings import (
+    BUNDLED_MODEL,
+    ModelSettings,
+    ResidencyMode,
+    Settings,
+    WeightDtype,
+    WorkerSettings,
+)
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.assembly import ModelFolder, assemble, assemble_rank
@@ -43,8 +51,9 @@ TURNS = 20_000
 class MemoryArena:
     """An ArenaPort over a tensor; can be down, and can hold its answers back."""
 
-    def __init__(self, geometry: KvGeometry, num_slots: int) -> None:
-        self.payloads = torch.zeros(num_slots * geometry.slot_bytes, dtype=torch.uint8)
+    def __init__(self, geometry: KvGeometry, num_slots: int, *, is_pinned: bool = False) -> None:
+        num_bytes = num_slots * geometry.slot_bytes
+        self.payloads = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
         self.num_slots = num_slots
         self.is_down = False
         self.leases: Counter[SlotRef] = Counter()
@@ -292,6 +301,9 @@ def worker_rig(
     weight_dtype: WeightDtype = WeightDtype.FP32,
     num_ranks: int = 1,
     padded: bool = False,
+    device_name: str = "cpu",
+    model_path: Path = BUNDLED_MODEL,
+    arena_slots: int = 200,
     **changes: Any,
 ) -> Iterator[WorkerRig]:
     """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
@@ -308,10 +320,17 @@ def worker_rig(
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }
-    model = ModelSettings(key_format=key_format, kv_format=kv_format, weight_dtype=weight_dtype)
+    model = ModelSettings(
+        path=model_path,
+        key_format=key_format,
+        kv_format=kv_format,
+        weight_dtype=weight_dtype,
+        device=device_name,
+    )
     settings = Settings(worker=WorkerSettings(**{**defaults, **changes}), model=model)
-    folder, device = ModelFolder.read(settings.model), torch.device("cpu")
-    arena, index = MemoryArena(folder.geometry, num_slots=200), ScriptedIndex()
+    folder, device = ModelFolder.read(settings.model), torch.device(device_name)
+    arena = MemoryArena(folder.geometry, num_slots=arena_slots, is_pinned=device.type == "cuda")
+    index = ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
 
     def follower(ranks: RankGroup) -> RankDevice:
@@ -329,7 +348,7 @@ def worker_rig(
             ranks=ranks,
         )
         local = _poisoned(parts.device.local)
-        if padded:
+        if padded and device.type == "cpu":
             rows = settings.worker.max_running
             steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry)
             parts = replace(parts, device=Device(local, padded=steps))

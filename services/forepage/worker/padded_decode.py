@@ -70,6 +70,7 @@ class PaddedStep:
     """A step under way."""
 
     num_rows: int
+    logits: Tensor  # f32 [B, vocab]; of a graph: borrowed, until the next step is launched
     results: HostCopy  # i64 [B, 3]
     taps: TapCopies | None
     sampled: dict[int, Pick]
@@ -132,7 +133,7 @@ class PaddedDecode:
         fallbacks: tuple[str, ...] = ("host_sampling",) if by_host else ()
         if self._graphs is None and self._memory.device.type == "cuda":
             fallbacks += ("eager_decode",)
-        return PaddedStep(len(rows), results, taps, sampled, fallbacks)
+        return PaddedStep(len(rows), tensors.output.logits, results, taps, sampled, fallbacks)
 
     def _shape(self, rows: Seq[DecodeRow]) -> StepShape:
         blocks = self._memory.geometry.num_blocks(max(row.position for row in rows) + 1)
