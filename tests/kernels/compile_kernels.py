@@ -21,10 +21,12 @@ import forepage_kernels.compress_quantize.kernel as compress_quantize
 import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
+import forepage_kernels.mix_streams.kernel as mix_streams
 import forepage_kernels.native_indexer.kernel as native_indexer
 import forepage_kernels.select_topk.kernel as select_topk
 import forepage_kernels.sparse_decode.kernel as sparse_decode
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
+from forepage_kernels.mix_streams import MixParameters
 
 HOPPER = GPUTarget("cuda", 90, 32)
 OPTIONS = ("num_warps", "num_stages")
@@ -155,6 +157,17 @@ def run_compress_quantize(pool: RowPool | KeyPool, tokens: int) -> None:
     )
 
 
+def run_mix_streams(op: str, dims: int, dtype: torch.dtype) -> None:
+    streams = torch.zeros(3, 4, dims, dtype=dtype)
+    if op == "expand":
+        mix_streams.expand_streams(
+            streams[:, 0].contiguous(), streams, torch.zeros(3, 4), torch.zeros(3, 4, 4)
+        )
+    else:
+        how = MixParameters(torch.zeros(24), torch.zeros(3), 1e-6, 1e-6, 20)
+        mix_streams.collapse_streams(streams, torch.zeros(3, 24), torch.zeros(dims), how)
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 Variant = tuple[ModuleType, str, Callable[[], None]]
 VARIANTS: dict[str, Variant] = {
@@ -175,6 +188,10 @@ VARIANTS: dict[str, Variant] = {
         "score_entries",
         lambda: run_memory_indexer(64, 3, BF16, MXFP4_KEY),
     ),
+    "mix_streams-collapse": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 4096, BF16)),
+    "mix_streams-collapse-pro": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 7168, BF16)),
+    "mix_streams-collapse-fp32": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 128, F32)),
+    "mix_streams-expand": (mix_streams, "expand", lambda: run_mix_streams("expand", 4096, BF16)),
     "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, KEY)),
     "native_indexer-ones": (
         native_indexer,
