@@ -328,7 +328,7 @@ class AheadMachine(WorkerMachine):
     rig_settings = SETTINGS | {"padded": True, "ahead_steps": 1}
 
 
-for machine in (WorkerMachine, AheadMachine):
-    machine.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
+WorkerMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
+AheadMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
 TestWorkerMachine = WorkerMachine.TestCase
 TestAheadMachine = AheadMachine.TestCase

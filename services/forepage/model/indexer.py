@@ -19,9 +19,10 @@ from forepage.kv.geometry import C4_RATIO
 from forepage.model.compressor import Compressor
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
-from forepage_kernels.layout import KeyLayout, KeyPool, hadamard, load_rows
+from forepage_kernels.layout import KeyLayout, KeyPool, load_rows
 from forepage_kernels.mxfp4 import simulate_mxfp4
 from forepage_kernels.native_indexer import native_indexer
+from forepage_kernels.row_turn import hadamard
 from forepage_kernels.select_topk import select_topk
 
 PREFILL_SCORES = 1 << 24
