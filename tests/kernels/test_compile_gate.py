@@ -16,6 +16,11 @@ OPS = (
     "select_topk",
     "sparse_decode",
     "compress_quantize",
+    "compress_token",
+    "mix_streams",
+    "resolve_rows",
+    "row_norm",
+    "row_turn",
 )
 
 
