@@ -50,7 +50,8 @@ class KvMemory:
         blocks that pulled rows go to. NOT_RESIDENT and NO_ARENA are both -1."""
         self._unflushed: dict[Table, list[Places]] = defaultdict(list)
         self._is_mirrored = device.type != "cpu"
-        self._clear_state(self.padding_slot)
+        for slot in range(num_slots):  # a padding row reads its slot as it is, and ranks compare theirs
+            self._clear_state(slot)
 
     @property
     def table_blocks(self) -> int:

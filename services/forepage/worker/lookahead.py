@@ -29,6 +29,9 @@ from forepage.worker.quota import grow_promise
 from forepage.worker.residency import Residency
 from forepage.worker.sequence import Phase, Sequence, StepTap
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Its multiples, modulo 1, fill the unit interval evenly however many are taken."""
+
 
 @dataclass(frozen=True)
 class _Asked:
@@ -123,16 +126,22 @@ class Lookahead:
                 self._fall_back(sequence, question)
         self._asked.clear()
 
-    def tick(self, sequence: Sequence) -> None:
-        """Between steps: commit what has arrived, start what was decided.
+    def is_commit_due(self, sequence: Sequence) -> bool:
+        """Whether `tick` would change the resident set now.
 
-        Not while an audited step is under way: its audit is about the set it saw, and asked when it is read.
+        Raises: DependencyError when a record changed under a load that is done.
         """
         state = sequence.lookahead
-        if sequence.unread_taps:
-            if state.load is not None and state.load.future.done():
-                self._residency.check_load(sequence)
-            return
+        if state.load is None:
+            return state.want_exact or (not sequence.is_exact and _has_exact_keys(sequence))
+        if not state.load.future.done():
+            return False
+        self._residency.check_load(sequence)
+        return True
+
+    def tick(self, sequence: Sequence) -> None:
+        """Between steps: commit what has arrived, start what was decided."""
+        state = sequence.lookahead
         if state.load is not None:
             if not state.load.future.done():
                 return
@@ -191,7 +200,7 @@ class Lookahead:
         step = sequence.report.decode_steps
         state.interval += 1
         sequence.report.intervals += 1
-        phase = (sequence.holds.slot * settings.interval_steps // 8) % settings.interval_steps
+        phase = first_interval_cut(sequence.holds.slot, settings.interval_steps)
         state.next_boundary = step + settings.interval_steps - (phase if state.interval == 0 else 0)
         state.audit_steps = random_audit_steps(sequence, settings, step)
 
@@ -305,6 +314,11 @@ class Lookahead:
             question.predict_span.end()
         set_attributes(question.span, outcome=outcome.value)
         question.span.end()
+
+
+def first_interval_cut(slot: int, interval_steps: int) -> int:
+    """How many steps a slot's first interval is shorter: boundaries of any number of slots spread evenly."""
+    return int(slot * GOLDEN_RATIO % 1.0 * interval_steps)
 
 
 def _has_exact_keys(sequence: Sequence) -> bool:

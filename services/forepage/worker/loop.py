@@ -29,6 +29,7 @@ from forepage.telemetry import fail_span, set_attributes
 from forepage.worker.admission import Admission, free_device
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
+from forepage.worker.events import failed_event, finished_event, started_event, tokens_event
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
@@ -37,7 +38,6 @@ from forepage.worker.quota import shrink_promise
 from forepage.worker.residency import Residency
 from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Phase, Sequence
-from forepage.worker.usage import residency_report
 from forepage.worker.write_back import WriteBack
 
 IDLE_S = 0.25
@@ -141,7 +141,7 @@ class Loop:
         self.broken = error
         told = IntegrityError("the worker broke down; send the request again")
         for sequence in list(self._live.values()):
-            sequence.emit(_failed(error if isinstance(error, DependencyError) else told))
+            sequence.emit(failed_event(error if isinstance(error, DependencyError) else told))
 
     def turn(self) -> None:
         """One turn; the thread's body, or called by a test that has no thread."""
@@ -192,12 +192,19 @@ class Loop:
             and sequence.prefix_load.done()
         ):
             self._admission.finish_loading(sequence)
-            sequence.emit(_started(sequence))
+            sequence.emit(started_event(sequence))
         elif sequence.phase is Phase.FIRST_PLAN:
             self._await_first_plan(sequence)
         elif sequence.phase in (Phase.DECODE, Phase.PAUSED):
-            self._lookahead.tick(sequence)
-            self._check_blocked(sequence)
+            if sequence.unread_taps and self._lookahead.is_commit_due(sequence):
+                self._read_steps(0)  # its audit is asked when it is read, and is about the set it saw
+            self._tick(sequence)
+
+    def _tick(self, sequence: Sequence) -> None:
+        if sequence.phase is Phase.DONE:
+            return
+        self._lookahead.tick(sequence)
+        self._check_blocked(sequence)
 
     def _admit(self) -> None:
         for sequence in self._admission.expired():
@@ -272,7 +279,7 @@ class Loop:
 
     def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
         sequence.take_token(pick.token)
-        sequence.emit(_tokens(pick))
+        sequence.emit(tokens_event(pick))
         is_complete = sequence.constraint is not None and sequence.constraint.is_complete
         if is_complete or pick.token in sequence.request.stop_token_ids:
             self._finish(sequence, pb.FINISH_REASON_STOP)
@@ -282,17 +289,7 @@ class Loop:
     def _finish(self, sequence: Sequence, reason: pb.FinishReason) -> None:
         self._write_back.store_resume(sequence)
         self._lookahead.forget(sequence)
-        sequence.emit(
-            pb.GenerateEvent(
-                finished=pb.Finished(
-                    reason=reason,
-                    prompt_tokens=len(sequence.request.prompt),
-                    cached_tokens=sequence.cached_tokens,
-                    completion_tokens=sequence.num_generated,
-                    residency=residency_report(self._parts, sequence),
-                )
-            )
-        )
+        sequence.emit(finished_event(self._parts, sequence, reason))
         self._end(sequence)
 
     def _submit(self, sequence: Sequence) -> None:
@@ -327,7 +324,7 @@ class Loop:
 
     def _fail(self, sequence: Sequence, error: ForepageError) -> None:
         fail_span(sequence.span, error)
-        sequence.emit(_failed(error))
+        sequence.emit(failed_event(error))
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
@@ -388,29 +385,3 @@ class Loop:
 
 def _shutting_down() -> DependencyError:
     return DependencyError("the worker is shutting down", None, 1.0)
-
-
-def _tokens(pick: Pick) -> pb.GenerateEvent:
-    tokens = pb.Tokens(token_ids=[pick.token])
-    if pick.logprob is not None:
-        tokens.chosen.add(token_id=pick.token, logprob=pick.logprob)
-        for token, logprob in pick.top:
-            tokens.top.add(token_id=token, logprob=logprob)
-    return pb.GenerateEvent(tokens=tokens)
-
-
-def _started(sequence: Sequence) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
-        started=pb.Started(prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens)
-    )
-
-
-def _failed(error: ForepageError) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
-        failed=pb.Failed(
-            code=error.code,
-            message=error.message,
-            param=error.param or "",
-            retry_after_s=error.retry_after_s or 0.0,
-        )
-    )

@@ -73,9 +73,9 @@ def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
 
 
 def held_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """What the sequence holds, loads under way included, and in `exact` the staging it has yet to take."""
+    """What the sequence holds, loads under way included, and once `exact` is granted its staging to come."""
     holds, load = sequence.holds, sequence.lookahead.load
-    staging = parts.blocks.staging_blocks if sequence.is_exact else len(holds.staging_ids)
+    staging = parts.blocks.staging_blocks if sequence.keeps_keys else len(holds.staging_ids)
     return Quota(
         len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) if load else 0),
         len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0),

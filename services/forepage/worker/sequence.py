@@ -123,7 +123,7 @@ class Sequence:
     num_unread: int = 0
     """Steps launched whose tokens were not read yet; `num_processed` does not count them."""
     unread_taps: int = 0
-    """Those of them whose taps are wanted: until they are read the resident set stays as they saw it."""
+    """Those of them whose taps are wanted: the resident set changes only after they are read."""
     cached_tokens: int = 0
     clean: bool = True
     grant: Future[Grant] | None = None
