@@ -181,6 +181,12 @@ class WorkerSettings(_Section):
     kv_bytes: int = Field(2 << 30, ge=1 << 20, description="device memory for rows and keys of all sequences")
     key_share: float = Field(0.25, gt=0.0, lt=1.0, description="share of kv_bytes for key blocks")
     c128_share: float = Field(0.1, gt=0.0, lt=0.5, description="share of kv_bytes for c128 rows, never paged")
+    full_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the blocks up to which sequences that could page stay full; 0: none do",
+    )
     load_slack_blocks: int = Field(
         64, ge=1, description="blocks a sequence may hold above its set while loading"
     )

@@ -15,6 +15,7 @@ from forepage.rpc import index_pb2 as pb
 from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.telemetry import MetricName, SpanName, set_attributes, traceparent_of
 from forepage.worker.auditing import Auditing
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import (
@@ -27,7 +28,7 @@ from forepage.worker.questions import (
 )
 from forepage.worker.quota import grow_promise
 from forepage.worker.residency import Residency
-from forepage.worker.sequence import Phase, Sequence, StepTap
+from forepage.worker.sequence import Phase, Room, Sequence, StepTap
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """Its multiples, modulo 1, fill the unit interval evenly however many are taken."""
@@ -58,8 +59,11 @@ class _Asked:
 class Lookahead:
     """Questions, answers and their consequences for every sequence of a worker."""
 
-    def __init__(self, parts: WorkerParts, auditing: Auditing, residency: Residency) -> None:
+    def __init__(
+        self, parts: WorkerParts, auditing: Auditing, residency: Residency, full_by_room: FullByRoom
+    ) -> None:
         self._parts = parts
+        self._full_by_room = full_by_room
         self._auditing = auditing
         self._residency = residency
         self._ids = itertools.count(1)
@@ -92,9 +96,13 @@ class Lookahead:
             self._end_of_interval(sequence)
             self._begin_interval(sequence)
         candidates = num_candidates(sequence, settings, self._parts.geometry)
-        if sequence.fits_budget(candidates) and sequence.resident.rows_complete:
-            return  # nothing is absent, and nothing needs to be
-        self._ask(sequence, tap, predict=is_boundary, audit=audit and not sequence.resident.keys_complete)
+        needs_none_absent = sequence.fits_budget(candidates) or sequence.room is Room.KEPT
+        if needs_none_absent and sequence.resident.rows_complete:
+            return
+        if is_boundary and self._full_by_room.try_return(sequence):
+            self._residency.start_fill(sequence)
+        predict = is_boundary and sequence.room is not Room.FILLING
+        self._ask(sequence, tap, predict=predict, audit=audit and not sequence.resident.keys_complete)
 
     def on_reply(self, reply: pb.LookaheadReply) -> None:
         """A reply of the index: its audits count, its plan too if it is of the newest question."""

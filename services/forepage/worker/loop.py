@@ -30,6 +30,7 @@ from forepage.worker.admission import Admission, free_device
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
 from forepage.worker.events import failed_event, finished_event, started_event, tokens_event
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
@@ -60,9 +61,10 @@ class Loop:
         self._prefill_turn = True
         self._admission = Admission(parts)
         self._write_back = WriteBack(parts)
-        self._residency = Residency(parts)
+        self._full_by_room = FullByRoom(parts)
+        self._residency = Residency(parts, self._full_by_room)
         self._auditing = Auditing(parts, arena)
-        self._lookahead = Lookahead(parts, self._auditing, self._residency)
+        self._lookahead = Lookahead(parts, self._auditing, self._residency, self._full_by_room)
         self._prefill = Prefill(parts, self._write_back)
         self._decode = Decode(parts, self._lookahead, self._write_back)
         self._num_ahead = parts.ahead_steps
@@ -212,7 +214,9 @@ class Loop:
             self._fail(sequence, error)
         while (oldest := self._admission.next_waiting()) is not None:
             if not self._admission.try_start(oldest):
+                self._full_by_room.make_room(self._live.values())
                 break
+        self._full_by_room.is_room_wanted = self._admission.num_waiting > 0
 
     def _prefill_step(self, sequence: Sequence) -> None:
         end = self._prefill.step(sequence)
@@ -239,7 +243,7 @@ class Loop:
                 return
             tap, sequence.first_tap = sequence.first_tap, None
             candidates = num_candidates(sequence, self._parts.settings, self._parts.geometry)
-            if sequence.fits_budget(candidates):
+            if sequence.fits_budget(candidates) or self._full_by_room.try_keep(sequence):
                 self._start_decode(sequence)
                 return
             if not self._lookahead.ask_first(sequence, tap):

@@ -24,9 +24,12 @@ def prefill_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
 
 
 def steady_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """While it decodes: everything in `full`, else budget, tail and load slack (all keys in `exact`)."""
+    """While it decodes: in `full` (asked for, or by room) everything, else budget, tail and load slack.
+
+    In `exact` all keys, and staging blocks.
+    """
     total = parts.geometry.num_blocks(sequence.request.total_tokens)
-    if sequence.request.mode is ResidencyMode.FULL:
+    if sequence.request.mode is ResidencyMode.FULL or sequence.is_full_by_room:
         return Quota(total, total)
     paged = min(total, sequence.guard.budget_blocks + parts.recent_blocks + parts.settings.load_slack_blocks)
     if sequence.is_exact:

@@ -14,6 +14,7 @@ from forepage.kv.prefetch_plan import LoadWave, fit_waves, plan_residency
 from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.commands import SKIP, BlockLoad
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
@@ -27,8 +28,9 @@ REPAIR_SCORE = 2.0
 class Residency:
     """Starts loads and commits them; the only place that changes a sequence's resident set."""
 
-    def __init__(self, parts: WorkerParts) -> None:
+    def __init__(self, parts: WorkerParts, full_by_room: FullByRoom) -> None:
         self._parts = parts
+        self._full_by_room = full_by_room
 
     def start_change(self, sequence: Sequence) -> None:
         """Turn the newest plan (and repairs) into waves and start the first."""
@@ -66,6 +68,12 @@ class Residency:
         sequence.lookahead.desired = [(BlockIdx(idx), idx / pinned_from) for idx in range(pinned_from)]
         self._parts.telemetry.count(MetricName.FALLBACKS, fallback="keep_newest")
         self.start_change(sequence)
+
+    def start_fill(self, sequence: Sequence) -> None:
+        """Load every absent block: back to `full`. The promise must have been made."""
+        resident = sequence.resident
+        absent = [BlockIdx(idx) for idx in range(resident.num_blocks) if idx not in resident.row_id_by_block]
+        self._start(sequence, LoadWave(tuple(absent), ()), (), resident.pinned_from)
 
     def start_exact(self, sequence: Sequence) -> None:
         """Load the keys of every absent block: the move to `exact`. The promise must have been made."""
@@ -133,6 +141,7 @@ class Residency:
         self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
         if sequence.keeps_keys and sequence.resident.keys_complete:
             self.enter_exact(sequence)
+        self._full_by_room.on_commit(sequence)
         shrink_promise(self._parts, sequence)
         self._trace(load, done_ns, start_ns)
         if load.rest:

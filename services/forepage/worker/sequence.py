@@ -60,6 +60,15 @@ class Phase(Enum):
     DONE = auto()
 
 
+class Room(Enum):
+    """Whether a sequence that could page keeps everything because there is room (full_by_room.py)."""
+
+    PAGED = auto()
+    FILLING = auto()
+    KEPT = auto()
+    LEAVING = auto()
+
+
 @dataclass
 class DeviceHoldings:
     """What a sequence holds on the device, and what it was promised."""
@@ -118,6 +127,7 @@ class Sequence:
     arrived_s: float = field(default_factory=time.monotonic)
     incarnation: int = field(default_factory=lambda: secrets.randbits(62))
     phase: Phase = Phase.WAITING
+    room: Room = Room.PAGED
     tokens: list[int] = field(default_factory=list)
     num_processed: int = 0
     num_unread: int = 0
@@ -217,6 +227,11 @@ class Sequence:
     def keeps_keys(self) -> bool:
         """Whether `exact` is granted: every key stays, absent rows are pulled."""
         return self.is_exact and not self.lookahead.want_exact
+
+    @property
+    def is_full_by_room(self) -> bool:
+        """Whether it is promised everything although it could page."""
+        return self.room in (Room.KEPT, Room.FILLING)
 
     @property
     def mode_now(self) -> ResidencyMode:
