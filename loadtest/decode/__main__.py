@@ -34,6 +34,17 @@ CONFIGS: dict[str, Callable[[], dict[str, object]]] = {
 
 
 @dataclass(frozen=True)
+class Case:
+    """What is timed; with less than all rows resident, the rest is pulled as in `exact`."""
+
+    model: SyntheticModel
+    batch: int
+    context_tokens: int
+    how: Sampling = GREEDY
+    resident_share: float = 1.0
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Milliseconds a step, medians."""
 
@@ -41,6 +52,7 @@ class StepTime:
     batch: int
     context_tokens: int
     sampling: str
+    resident_share: float
     eager_ms: float
     graph_ms: float
     ahead_ms: float
@@ -94,24 +106,27 @@ def measure_model(model: SyntheticModel, batches: Seq[int], contexts: Seq[int]) 
             )
             if batch * kv_bytes > MAX_KV_BYTES:
                 continue
-            yield measure(model, batch, context, GREEDY, "greedy")
+            yield measure(Case(model, batch, context))
+            yield measure(Case(model, batch, context, resident_share=0.25))
             if context == contexts[0]:
-                yield measure(model, batch, context, DRAWING, "drawn")
+                yield measure(Case(model, batch, context, how=DRAWING))
 
 
-def measure(model: SyntheticModel, batch: int, context: int, how: Sampling, sampling: str) -> StepTime:
+def measure(case: Case) -> StepTime:
     """One case, all ways."""
+    model, how = case.model, case.how
     telemetry = open_telemetry("loadtest", instance_id="decode")
     more = 8 * (STEPS + WARM_STEPS)
 
     def decode(max_graphs: int) -> SyntheticDecode:
         return SyntheticDecode(
             model,
-            batch=batch,
-            context_tokens=context,
+            batch=case.batch,
+            context_tokens=case.context_tokens,
             more_tokens=more,
             max_graphs=max_graphs,
             telemetry=telemetry,
+            resident_share=case.resident_share,
         )
 
     rig = decode(max_graphs=0)
@@ -129,9 +144,10 @@ def measure(model: SyntheticModel, batch: int, context: int, how: Sampling, samp
     telemetry.close()
     return StepTime(
         model=model.name,
-        batch=batch,
-        context_tokens=context,
-        sampling=sampling,
+        batch=case.batch,
+        context_tokens=case.context_tokens,
+        sampling="drawn" if how is DRAWING else "greedy",
+        resident_share=case.resident_share,
         eager_ms=round(eager_ms, 3),
         graph_ms=round(graph_ms, 3),
         ahead_ms=round(ahead_ms, 3),
@@ -146,7 +162,7 @@ def measure(model: SyntheticModel, batch: int, context: int, how: Sampling, samp
 def launch(rig: SyntheticDecode, how: Sampling, *, is_first: bool = False) -> PaddedStep:
     """The next step of all sequences."""
     rows = [
-        DecodeRow(slot, rig.position, 65 if is_first else None, Row(how, rig.position + 1), False)
+        DecodeRow(slot, rig.position, 65 if is_first else None, Row(how, rig.position + 1), False, rig.pulls)
         for slot in range(rig.batch)
     ]
     rig.position += 1

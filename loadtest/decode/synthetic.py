@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
 
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
+from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.model.spec import ModelSpec, read_config
 from forepage.model.transformer import Transformer
 from forepage.model.weight_table import Role, fixed_dtype, weight_table
@@ -22,6 +24,7 @@ from forepage.worker.rank_device import RankDevice
 LOW_BYTE, HIGH_BYTE = 0x30, 0x40
 """History is random bytes of this range: finite, and small, as e4m3, bf16, fp32 and as scales."""
 SEED = 0
+ARENA_RECORDS = 256
 
 
 @dataclass(frozen=True)
@@ -92,19 +95,25 @@ class SyntheticDecode:
         more_tokens: int,
         max_graphs: int,
         telemetry: Telemetry,
+        resident_share: float = 1.0,
     ) -> None:
-        """`more_tokens` is how far they may go on; `max_graphs` 0: every step kernel by kernel."""
+        """`more_tokens` is how far they may go on; `max_graphs` 0: every step kernel by kernel.
+
+        `resident_share` below 1: as in `exact`, all keys are there, so much of the rows, the rest is pulled.
+        """
         device = next(iter(model.weights.values())).device
         geometry, spec = model.geometry, model.spec
         blocks = geometry.num_blocks(context_tokens + more_tokens)
+        staging = -(-spec.index_topk // geometry.block_entries)
+        self.pulls = resident_share < 1
         sizes = PoolSizes(
-            row_blocks=batch * blocks,
+            row_blocks=batch * (blocks + staging),
             key_blocks=batch * blocks,
             key_reserve=0,
             c128_blocks=batch * blocks,
             slots=batch,
             table_blocks=blocks,
-            staging_blocks=-(-spec.index_topk // geometry.block_entries),
+            staging_blocks=staging,
         )
         memory = KvMemory(geometry, sizes, device)
         for pool in (memory.pools.rows, memory.pools.keys, memory.pools.c128, memory.pools.window):
@@ -112,7 +121,18 @@ class SyntheticDecode:
         for slot in range(batch):
             for table in (Table.ROWS, Table.KEYS, Table.C128):
                 memory.set_table(table, slot, range(slot * blocks, (slot + 1) * blocks))
-        arena = torch.zeros(geometry.slot_bytes, dtype=torch.uint8, pin_memory=True)
+        arena = torch.zeros(ARENA_RECORDS * geometry.slot_bytes, dtype=torch.uint8, pin_memory=True)
+        arena.random_(LOW_BYTE, HIGH_BYTE)
+        if self.pulls:
+            draw = Random(SEED)
+            for slot in range(batch):
+                first = batch * blocks + slot * staging
+                memory.set_table(Table.STAGING, slot, range(first, first + staging))
+                records = [draw.randrange(ARENA_RECORDS) * geometry.slot_bytes for _ in range(blocks)]
+                memory.set_table(Table.ARENA, slot, records)
+                tail = geometry.num_blocks(context_tokens) - 1
+                absent = draw.sample(range(tail), int(tail * (1 - resident_share)))
+                memory.edit_table(Table.ROWS, slot, absent, [NOT_RESIDENT] * len(absent))
         targets = spec.c4_layers[:3]
         transformer = Transformer(spec, geometry, model.weights, device, target_layers=targets)
         local = RankDevice(transformer, memory, CopyEngine(memory.pools, arena, geometry), arena)

@@ -41,6 +41,7 @@ class Held:
     position: int
     token: int | None
     sampling: Sampling
+    pulls: bool = False
     rows: dict[int, int] = field(default_factory=dict)
     keys: dict[int, int] = field(default_factory=dict)
     offsets: dict[int, int] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class DecodeRig:
 
     def stage(self, one: Held) -> None:
         """Let it pull rows."""
+        one.pulls = True
         staging = [self.free_rows.pop() for _ in range(self.sizes.staging_blocks)]
         self.memory.set_table(Table.STAGING, one.slot, staging)
 
@@ -158,7 +160,14 @@ class DecodeRig:
         """One step of all these; tokens after the first feed themselves on the device."""
         held = self.held if held is None else held
         rows = [
-            DecodeRow(one.slot, one.position, one.token, Row(one.sampling, one.position + 1), at in taps)
+            DecodeRow(
+                slot=one.slot,
+                position=one.position,
+                token=one.token,
+                sampling=Row(one.sampling, one.position + 1),
+                wants_tap=at in taps,
+                pulls=one.pulls,
+            )
             for at, one in enumerate(held)
         ]
         step = self.decode.launch(rows)

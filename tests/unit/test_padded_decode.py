@@ -126,8 +126,8 @@ def test_taps_are_those_of_the_step() -> None:
         given: list[list[IndexerTap]] = []
         inner = rig.local.decode
 
-        def spy(*args: object) -> object:
-            output = inner(*args)  # type: ignore[arg-type]
+        def spy(*args: object, **how: bool) -> object:
+            output = inner(*args, **how)  # type: ignore[arg-type]
             given.append(output.indexer)
             return output
 

@@ -100,6 +100,7 @@ class Decode:
             token=None if sequence.num_unread else sequence.tokens[-1],
             sampling=sequence.sampling_row(sequence.num_launched + 1),
             wants_tap=self._lookahead.wants_tap(sequence, step),
+            pulls=bool(sequence.holds.staging_ids),
         )
 
     def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:

@@ -22,11 +22,12 @@ _log = structlog.get_logger("forepage.worker.graphs")
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a graph is fixed to: rows, blocks of their tables, and whether any row draws its token."""
+    """What a graph is fixed to: rows, blocks of their tables, whether any draws its token or pulls rows."""
 
     rows: int
     blocks: int
     draws: bool
+    pulls: bool
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class DecodeGraphs:
             rows=shape.rows,
             blocks=shape.blocks,
             draws=shape.draws,
+            pulls=shape.pulls,
             ms=round((time.monotonic() - started_s) * 1e3),
             graphs=len(self._graphs),
             pool_bytes=self.pool_bytes,

@@ -14,13 +14,17 @@ from forepage.worker.sequence import StepTap
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One sequence's part in a step. `token` None: the one that the last step picked for this slot."""
+    """One sequence's part in a step. `token` None: the one that the last step picked for this slot.
+
+    `pulls`: it has staging blocks, so that absent rows can be fetched.
+    """
 
     slot: int
     position: int
     token: int | None
     sampling: Row
     wants_tap: bool
+    pulls: bool
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class PaddedDecode:
             rows=padded_rows(len(rows)),
             blocks=padded_blocks(blocks, self._memory.table_blocks),
             draws=any(row.sampling.is_plain and row.sampling.sampling.temperature > 0 for row in rows),
+            pulls=any(row.pulls for row in rows),
         )
 
     def _run(self, rows: Seq[DecodeRow], shape: StepShape) -> StepTensors:
@@ -176,7 +177,7 @@ class PaddedDecode:
         slots, given = inputs[:, SLOT].contiguous(), inputs[:, TOKEN]
         tokens = torch.where(given >= 0, given, self._last_tokens[slots])
         batch = self._memory.gather(slots, inputs[:, POSITION].contiguous(), num_blocks=shape.blocks)
-        output = self._local.decode(tokens, batch)
+        output = self._local.decode(tokens, batch, pulls=shape.pulls)
         draws = Draws.of(inputs[:, FIRST_DRAW:].contiguous().view(torch.float64)) if shape.draws else None
         picked = pick_tokens(output.logits, draws)
         self._last_tokens[slots] = picked

@@ -65,9 +65,12 @@ class RankDevice:
                 raise ValueError(f"{command.OP} is between ranks, not for one of them")
         return None
 
-    def decode(self, tokens: Tensor, batch: DecodeBatch) -> StepOutput:
-        """One decode step of tokens i64 [B], whatever the batch's tables say; never waits for the device."""
-        return self.model.decode(tokens, batch, self.memory.pools, self._arena)
+    def decode(self, tokens: Tensor, batch: DecodeBatch, *, pulls: bool = True) -> StepOutput:
+        """One decode step of tokens i64 [B], whatever the batch's tables say; never waits for the device.
+
+        `pulls` False: no row of the batch may pull; the same result in one launch less a layer.
+        """
+        return self.model.decode(tokens, batch, self.memory.pools, self._arena if pulls else None)
 
     def load_states(self) -> list[LoadState]:
         """How far each load is."""
