@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forepage.model.indexer import IndexerTap
+from forepage.worker.decode_graph import StepShape
 from forepage.worker.launched_step import StepResult
 from forepage.worker.padded_decode import padded_blocks, padded_rows
 from forepage.worker.sampler import Row, Sampling, sample
@@ -140,6 +141,29 @@ def test_taps_are_those_of_the_step() -> None:
                 for name in ("query", "weights", "selected", "scores"):
                     assert torch.equal(getattr(ours, name)[tap.row], getattr(theirs, name)[row])
         rig.close()
+
+
+class NoRoom:
+    """Graphs of a device that has no memory for one."""
+
+    def find(self, shape: StepShape) -> None: ...
+
+    def capture(self, shape: StepShape) -> None:
+        raise torch.OutOfMemoryError(f"no room for {shape}")
+
+
+def test_without_memory_for_a_graph_steps_go_on_kernel_by_kernel_and_say_so() -> None:
+    with torch.inference_mode():
+        said = []
+        for graphs in (None, NoRoom()):
+            rig = DecodeRig(CPU, num_sequences=1, blocks_each=2, max_graphs=0)
+            rig.decode._wants_graphs, rig.decode._graphs = True, graphs  # type: ignore[assignment]
+            rig.add(prompts(1, 200)[0])
+            steps = [rig.launch() for _ in range(3)]
+            said.append([step.read().picks for step in steps])
+            assert {step.fallbacks for step in steps} == {("eager_decode",)}
+            rig.close()
+    assert said[0] == said[1]
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from forepage.worker.rank_device import RankDevice
 from forepage.worker.sampler import NUM_DRAW_COLUMNS, Draws, Pick, draw_columns, pick_tokens, sample
 from forepage.worker.sequence import StepTap
 
+_log = structlog.get_logger("forepage.worker.decode")
 MIN_BLOCKS = 8
 UNKNOWN_TOKEN = -1
 SLOT, POSITION, TOKEN, FIRST_DRAW = range(4)
@@ -105,6 +107,7 @@ class PaddedDecode:
         self._last_tokens = torch.zeros(local.memory.num_slots, dtype=torch.int64, device=device)
         """By slot: what the last step picked."""
         self._graphs: DecodeGraphs | None = None
+        self._wants_graphs = device.type == "cuda"
         self._tap_stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._tap_stream = torch.cuda.Stream(device)
@@ -131,7 +134,7 @@ class PaddedDecode:
         taps = self._copy_taps(tensors.output, [at for at, row in enumerate(rows) if row.wants_tap])
         sampled = self._sample_here(tensors.output.logits, rows, by_host)
         fallbacks: tuple[str, ...] = ("host_sampling",) if by_host else ()
-        if self._graphs is None and self._memory.device.type == "cuda":
+        if self._graphs is None and self._wants_graphs:
             fallbacks += ("eager_decode",)
         return PaddedStep(len(rows), tensors.output.logits, results, taps, sampled, fallbacks)
 
@@ -151,7 +154,14 @@ class PaddedDecode:
         graph = self._graphs.find(shape)
         if graph is None:
             self._set_inputs((), shape)
-            graph = self._graphs.capture(shape)
+            try:
+                graph = self._graphs.capture(shape)
+            except torch.OutOfMemoryError as error:
+                _log.error(
+                    "no memory for a decode graph: steps are launched kernel by kernel", error=str(error)
+                )
+                self._graphs = None
+                return self._run(rows, shape)
         self._set_inputs(rows, shape)
         return graph.replay()
 
