@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 import forepage_kernels.compress_quantize.kernel as compress_quantize
 import forepage_kernels.compress_token.kernel as compress_token
+import forepage_kernels.draw_sorted.kernel as draw_sorted
 import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
@@ -40,6 +41,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
 }
 
@@ -202,6 +204,12 @@ def run_resolve_rows(selected: int) -> None:
     )
 
 
+def run_draw_sorted() -> None:
+    one = torch.ones(2, dtype=torch.float64)
+    probs = torch.ones(2, 129_280, dtype=torch.float64)
+    draw_sorted.draw_sorted(probs, top_k=one, top_p=one, min_p=one, target=one)
+
+
 def run_norm(dims: int) -> None:
     row_norm.rms_norm(torch.zeros(3, dims, dtype=torch.bfloat16), torch.ones(dims), 1e-6, torch.bfloat16)
 
@@ -269,6 +277,7 @@ VARIANTS: dict[str, Variant] = {
         "take_token",
         lambda: run_compress_token(key_pool(MXFP4_KEY), 4),
     ),
+    "draw_sorted": (draw_sorted, "walk", run_draw_sorted),
     "resolve_rows": (resolve_rows, "resolve", lambda: run_resolve_rows(512)),
     "resolve_rows-one": (resolve_rows, "resolve", lambda: run_resolve_rows(1)),
     "row_norm": (row_norm, "norm", lambda: run_norm(4096)),

@@ -17,6 +17,7 @@ OPS = (
     "sparse_decode",
     "compress_quantize",
     "compress_token",
+    "draw_sorted",
     "mix_streams",
     "resolve_rows",
     "row_norm",

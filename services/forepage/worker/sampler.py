@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from forepage_kernels.draw_sorted import draw_sorted
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -190,24 +192,8 @@ def draw(logits: Tensor, how: Draws) -> Tensor:
 def _draw_tile(logits: Tensor, how: Draws) -> Tensor:
     scaled = logits.double() / how.temperature[:, None]
     probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # [R, V]
-    rank = torch.arange(probs.shape[-1], device=logits.device)[None, :]
-    keep = rank < how.top_k[:, None]
-    keep &= (_cumulative(probs) - probs) < how.top_p[:, None]
-    keep &= probs >= how.min_p[:, None] * probs[:, :1]
-    keep &= probs > 0  # what a mask forbids
-    keep[:, 0] = True
-    cumulative = _cumulative(probs * keep)  # [R, V]
-    target = how.target[:, None] * cumulative[:, -1:]
-    index = (cumulative <= target).sum(-1, keepdim=True)  # first column above the target
-    last = keep.sum(-1, keepdim=True) - 1
-    return order.gather(-1, torch.minimum(index, last)).squeeze(-1)
-
-
-def _cumulative(probs: Tensor) -> Tensor:
-    """Sums along each row. A GPU scans a single row in another way, whose order of additions is not fixed."""
-    if probs.is_cuda and probs.shape[0] == 1:
-        return torch.cat((probs, probs)).cumsum(-1)[:1]
-    return probs.cumsum(-1)
+    column = draw_sorted(probs, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p, target=how.target)
+    return order.gather(-1, column[:, None]).squeeze(-1)
 
 
 def _with_logprobs(logits: Tensor, how: Sampling, token: int) -> Pick:
