@@ -171,6 +171,15 @@ class WorkerSettings(_Section):
         1, ge=1, le=64, description="ranks the model is split over: GPUs, or processes on the CPU"
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences decoded together")
+    decode_graphs: int = Field(
+        48, ge=0, le=1024, description="CUDA graphs of decode steps kept, one for each shape; 0: none"
+    )
+    ahead_steps: int | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="decode steps launched before the last is read; none: 1 on one GPU, else 0",
+    )
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
     prefill_chunk_tokens: int = Field(512, ge=128, multiple_of=128, description="tokens of a prefill step")
@@ -180,6 +189,12 @@ class WorkerSettings(_Section):
     kv_bytes: int = Field(2 << 30, ge=1 << 20, description="device memory for rows and keys of all sequences")
     key_share: float = Field(0.25, gt=0.0, lt=1.0, description="share of kv_bytes for key blocks")
     c128_share: float = Field(0.1, gt=0.0, lt=0.5, description="share of kv_bytes for c128 rows, never paged")
+    full_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of the blocks up to which sequences that could page stay full; 0: none do",
+    )
     load_slack_blocks: int = Field(
         64, ge=1, description="blocks a sequence may hold above its set while loading"
     )

@@ -135,6 +135,9 @@ class MetricName(StrEnum):
     DAMAGED = "forepage.coldpool.damaged_records"
     DIRECTORY_DROPPED = "forepage.coldpool.directory_writes_dropped"
     PREFIX_TOKENS = "forepage.prefix.tokens"
+    ROOM_MOVES = "forepage.room.moves"
+    DECODE_GRAPHS = "forepage.decode.graphs"
+    DECODE_GRAPH_BYTES = "forepage.decode.graph_bytes"
 
 
 _KINDS: dict[MetricName, tuple[str, str, str]] = {
@@ -169,6 +172,9 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     MetricName.EVICTIONS: ("counter", "{record}", "Records evicted from the arena"),
     MetricName.DAMAGED: ("counter", "{record}", "Records refused because of their checksum"),
     MetricName.DIRECTORY_DROPPED: ("counter", "{write}", "Directory writes lost while Redis was down"),
+    MetricName.ROOM_MOVES: ("counter", "{move}", "Sequences kept full by room, paged for others, and back"),
+    MetricName.DECODE_GRAPHS: ("updown", "{graph}", "CUDA graphs of decode steps kept"),
+    MetricName.DECODE_GRAPH_BYTES: ("updown", "By", "Device memory of the pool that decode graphs share"),
     MetricName.PREFIX_TOKENS: ("counter", "{token}", "Prompt tokens that were not prefilled again"),
 }
 

@@ -21,6 +21,7 @@ COUNTS = {
     "audit_layers",
     "clean_intervals",
     "tensor_parallel",
+    "decode_graphs",
 }
 PURE = {"threshold"}
 

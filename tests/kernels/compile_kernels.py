@@ -18,20 +18,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import forepage_kernels.compress_quantize.kernel as compress_quantize
+import forepage_kernels.compress_token.kernel as compress_token
+import forepage_kernels.draw_sorted.kernel as draw_sorted
 import forepage_kernels.fp8_linear.kernel as fp8_linear
 import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
+import forepage_kernels.mix_streams.kernel as mix_streams
 import forepage_kernels.moe.kernel as moe
 import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
 import forepage_kernels.prefill_attention.kernel as prefill_attention
 import forepage_kernels.prefill_indexer.kernel as prefill_indexer
+import forepage_kernels.resolve_rows.kernel as resolve_rows
+import forepage_kernels.row_norm.kernel as row_norm
+import forepage_kernels.row_turn.kernel as row_turn
 import forepage_kernels.select_topk.kernel as select_topk
 import forepage_kernels.sparse_decode.kernel as sparse_decode
 import forepage_kernels.unpack_rows.kernel as unpack_rows
+from forepage_kernels.compress_token import Window
 from forepage_kernels.fp8_linear import Fp8Weight
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
+from forepage_kernels.mix_streams import MixParameters
 from forepage_kernels.moe import Fp4Experts
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -43,6 +51,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
 }
 
@@ -219,6 +228,65 @@ def run_prefill_attention(heads: int, dims: int, selected: int | None, dtype: to
     )
 
 
+def run_mix_streams(op: str, dims: int, dtype: torch.dtype) -> None:
+    streams = torch.zeros(3, 4, dims, dtype=dtype)
+    if op == "expand":
+        mix_streams.expand_streams(
+            streams[:, 0].contiguous(), streams, torch.zeros(3, 4), torch.zeros(3, 4, 4)
+        )
+    else:
+        how = MixParameters(torch.zeros(24), torch.zeros(3), 1e-6, 1e-6, 20)
+        mix_streams.collapse_streams(streams, torch.zeros(3, 24), torch.zeros(dims), how)
+
+
+def run_compress_token(pool: RowPool | KeyPool, ratio: int) -> None:
+    dims, halves = pool.layout.dims, 2 if ratio == 4 else 1
+    how = Window(ratio, torch.zeros(ratio, halves * dims), torch.ones(dims), 64, 1e-6)
+    state = torch.zeros(3, 2, halves * ratio, halves * dims)
+    angle = torch.zeros(3, 32)
+    compress_token.compress_token(
+        torch.zeros(3, 2 * halves * dims),
+        state,
+        i64(3),
+        i64(3),
+        how,
+        pool=pool,
+        targets=i64(3),
+        cos=angle,
+        sin=angle,
+    )
+
+
+def run_resolve_rows(selected: int) -> None:
+    resolve_rows.resolve_rows(
+        i64(2, selected),
+        torch.zeros(2, 5, dtype=torch.int32),
+        staging=i64(2, 8),
+        records=i64(2, 5),
+        plane_offset=37_440,
+        block_entries=64,
+    )
+
+
+def run_draw_sorted() -> None:
+    one = torch.ones(2, dtype=torch.float64)
+    probs = torch.ones(2, 129_280, dtype=torch.float64)
+    draw_sorted.draw_sorted(probs, top_k=one, top_p=one, min_p=one, target=one)
+
+
+def run_norm(dims: int) -> None:
+    row_norm.rms_norm(torch.zeros(3, dims, dtype=torch.bfloat16), torch.ones(dims), 1e-6, torch.bfloat16)
+
+
+def run_hadamard(dims: int) -> None:
+    row_turn.hadamard(torch.zeros(3, dims))
+
+
+def run_turn(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    angle = torch.zeros(shape[0], 1, 32)
+    row_turn.turn_pairs(torch.zeros(shape, dtype=dtype), angle, angle)
+
+
 F32, BF16 = torch.float32, torch.bfloat16
 Variant = tuple[ModuleType, str, Callable[[], None]]
 """A launcher's module, the kernels it launches, and a call of it."""
@@ -240,6 +308,10 @@ VARIANTS: dict[str, Variant] = {
         "score_entries",
         lambda: run_memory_indexer(64, 3, BF16, MXFP4_KEY),
     ),
+    "mix_streams-collapse": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 4096, BF16)),
+    "mix_streams-collapse-pro": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 7168, BF16)),
+    "mix_streams-collapse-fp32": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 128, F32)),
+    "mix_streams-expand": (mix_streams, "expand", lambda: run_mix_streams("expand", 4096, BF16)),
     "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, KEY)),
     "native_indexer-ones": (
         native_indexer,
@@ -279,6 +351,25 @@ VARIANTS: dict[str, Variant] = {
     "sparse_decode-bf16": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 128, 2048, BF16)),
     "sparse_decode-window": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 0, BF16)),
     "sparse_decode-ones": (sparse_decode, "attend", lambda: run_sparse_decode(SEEDED, 1, 1, BF16)),
+    "compress_token-c4": (compress_token, "take_token", lambda: run_compress_token(row_pool(FLASH), 4)),
+    "compress_token-c128": (
+        compress_token,
+        "take_token",
+        lambda: run_compress_token(row_pool(RowLayout(2, 448, 64, "fp8")), 128),
+    ),
+    "compress_token-key": (compress_token, "take_token", lambda: run_compress_token(key_pool(KEY), 4)),
+    "compress_token-mxfp4-key": (
+        compress_token,
+        "take_token",
+        lambda: run_compress_token(key_pool(MXFP4_KEY), 4),
+    ),
+    "draw_sorted": (draw_sorted, "walk", run_draw_sorted),
+    "resolve_rows": (resolve_rows, "resolve", lambda: run_resolve_rows(512)),
+    "resolve_rows-one": (resolve_rows, "resolve", lambda: run_resolve_rows(1)),
+    "row_norm": (row_norm, "norm", lambda: run_norm(4096)),
+    "row_turn": (row_turn, "turn_row", lambda: run_turn((3, 64, 512), BF16)),
+    "row_turn-fp32": (row_turn, "turn_row", lambda: run_turn((3, 64, 128), F32)),
+    "row_turn-hadamard": (row_turn, "transform", lambda: run_hadamard(128)),
     "compress_quantize-c4": (
         compress_quantize,
         "close_entry",

@@ -21,6 +21,12 @@ OPS = (
     "compress_quantize",
     "moe",
     "fp8_linear",
+    "compress_token",
+    "draw_sorted",
+    "mix_streams",
+    "resolve_rows",
+    "row_norm",
+    "row_turn",
 )
 
 

@@ -95,6 +95,8 @@ class HeldExecutor(Executor):
 
 
 class WorkerMachine(RuleBasedStateMachine):
+    rig_settings = SETTINGS
+
     def __init__(self) -> None:
         super().__init__()
         self.stack = ExitStack()
@@ -105,7 +107,7 @@ class WorkerMachine(RuleBasedStateMachine):
 
     @initialize(on_down=st.sampled_from(list(OnIndexDown)))
     def start(self, on_down: OnIndexDown) -> None:
-        self.rig: WorkerRig = self.stack.enter_context(worker_rig(on_index_down=on_down, **SETTINGS))
+        self.rig: WorkerRig = self.stack.enter_context(worker_rig(on_index_down=on_down, **self.rig_settings))
         patch = self.stack.enter_context(pytest.MonkeyPatch.context())
         for module in (admission, lookahead, loop, residency, write_back):
             patch.setattr(module, "time", self.clock)
@@ -320,5 +322,13 @@ def spoil(reply: index_pb2.LookaheadReply, how: str) -> None:
             reply.audits.append(audit)
 
 
+class AheadMachine(WorkerMachine):
+    """As on a GPU: steps from static buffers, each launched before the one ahead of it is read."""
+
+    rig_settings = SETTINGS | {"padded": True, "ahead_steps": 1}
+
+
 WorkerMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
+AheadMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
 TestWorkerMachine = WorkerMachine.TestCase
+TestAheadMachine = AheadMachine.TestCase

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +25,20 @@ from forepage.model.kv_pools import NAN_BYTE, KvPools
 from forepage.model.rank_group import RankGroup
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import ModelSettings, ResidencyMode, Settings, WeightDtype, WorkerSettings
+from forepage.settings import (
+    BUNDLED_MODEL,
+    ModelSettings,
+    ResidencyMode,
+    Settings,
+    WeightDtype,
+    WorkerSettings,
+)
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.assembly import ModelFolder, assemble, assemble_rank
+from forepage.worker.device import Device
 from forepage.worker.loop import Loop
+from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.parts import WorkerParts
 from forepage.worker.rank_device import RankDevice
 from forepage.worker.request import Request
@@ -42,8 +52,9 @@ TURNS = 20_000
 class MemoryArena:
     """An ArenaPort over a tensor; can be down, and can hold its answers back."""
 
-    def __init__(self, geometry: KvGeometry, num_slots: int) -> None:
-        self.payloads = torch.zeros(num_slots * geometry.slot_bytes, dtype=torch.uint8)
+    def __init__(self, geometry: KvGeometry, num_slots: int, *, is_pinned: bool = False) -> None:
+        num_bytes = num_slots * geometry.slot_bytes
+        self.payloads = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
         self.num_slots = num_slots
         self.is_down = False
         self.leases: Counter[SlotRef] = Counter()
@@ -290,9 +301,16 @@ def worker_rig(
     kv_format: str = "fp8",
     weight_dtype: WeightDtype = WeightDtype.FP32,
     num_ranks: int = 1,
+    padded: bool = False,
+    device_name: str = "cpu",
+    model_path: Path = BUNDLED_MODEL,
+    arena_slots: int = 200,
     **changes: Any,
 ) -> Iterator[WorkerRig]:
-    """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads."""
+    """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
+
+    `padded`: decode steps go through static buffers, as on a GPU.
+    """
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
         "interval_steps": 16,
@@ -303,10 +321,17 @@ def worker_rig(
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }
-    model = ModelSettings(key_format=key_format, kv_format=kv_format, weight_dtype=weight_dtype)
+    model = ModelSettings(
+        path=model_path,
+        key_format=key_format,
+        kv_format=kv_format,
+        weight_dtype=weight_dtype,
+        device=device_name,
+    )
     settings = Settings(worker=WorkerSettings(**{**defaults, **changes}), model=model)
-    folder, device = ModelFolder.read(settings.model), torch.device("cpu")
-    arena, index = MemoryArena(folder.geometry, num_slots=200), ScriptedIndex()
+    folder, device = ModelFolder.read(settings.model), torch.device(device_name)
+    arena = MemoryArena(folder.geometry, num_slots=arena_slots, is_pinned=device.type == "cuda")
+    index = ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
 
     def follower(ranks: RankGroup) -> RankDevice:
@@ -323,7 +348,11 @@ def worker_rig(
             telemetry=telemetry,
             ranks=ranks,
         )
-        _poisoned(parts.device.local)
+        local = _poisoned(parts.device.local)
+        if padded and device.type == "cpu":
+            rows = settings.worker.max_running
+            steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry)
+            parts = replace(parts, device=Device(local, padded=steps))
         try:
             yield WorkerRig(parts, arena, index, followers)
         finally:

@@ -83,9 +83,10 @@ def test_hyper_connection_follows_its_equations() -> None:
     x, mix = site.collapse(streams)
     mixed = streams.flatten().double()
     mixed = site.fn.double() @ mixed / (mixed.square().mean() + SPEC.norm_eps).sqrt()
-    pre = torch.sigmoid(mixed[:4] * site.scale[0] + site.base[:4]) + SPEC.hc_eps
-    post = 2 * torch.sigmoid(mixed[4:8] * site.scale[1] + site.base[4:8])
-    comb = torch.softmax((mixed[8:] * site.scale[2] + site.base[8:]).view(4, 4), dim=1) + SPEC.hc_eps
+    scale, base = site.how.scale, site.how.base
+    pre = torch.sigmoid(mixed[:4] * scale[0] + base[:4]) + SPEC.hc_eps
+    post = 2 * torch.sigmoid(mixed[4:8] * scale[1] + base[4:8])
+    comb = torch.softmax((mixed[8:] * scale[2] + base[8:]).view(4, 4), dim=1) + SPEC.hc_eps
     for turn in range(2 * SPEC.hc_sinkhorn_iters - 1):
         comb = comb / (comb.sum(turn % 2, keepdim=True) + SPEC.hc_eps)
     torch.testing.assert_close(x[0], (pre @ streams[0].double()).float(), atol=1e-5, rtol=0)

@@ -13,7 +13,7 @@ from forepage.kv.prefetch_plan import BlockChoice, PlanStamp, PrefetchPlan
 from forepage.kv.resident_set import ResidentSet
 from forepage.rpc import index_pb2, worker_pb2
 from forepage.settings import WorkerSettings
-from forepage.worker.report import Report
+from forepage.worker.report import Report, StepView
 from forepage.worker.request import Request
 
 CHOICE = BlockChoice(tuple(map(BlockIdx, (7, 2, 9))), (0.9, 0.8, 0.7), 5)
@@ -128,7 +128,7 @@ def report_of(*, audit: bool) -> worker_pb2.ResidencyReport:
         },
         KvFormat.FP8,
     )
-    report.add_step(resident, tiny, staging_blocks=0, in_flight=0, budget=8)
+    report.add_step(StepView.of(resident, tiny, staging_blocks=0, in_flight=0, budget=8))
     report.recall.add_step(num_evidence=4, num_evidence_resident=3)
     request = parsed(mode="RESIDENCY_MODE_LOOKAHEAD", plan_source="PLAN_SOURCE_RECENCY", audit=audit)
     return report.message(

@@ -13,6 +13,7 @@ from forepage.worker.commands import (
     Command,
     ConfirmLoads,
     DecodeStep,
+    EditTable,
     Load,
     PrefillStep,
     Restore,
@@ -25,6 +26,7 @@ from rigs.worker import WorkerRig, text_tokens, wants, worker_rig
 PROMPT_TOKENS = 1500
 EVERY_COMMAND: list[Command] = [
     SetTable(Table.ARENA, 3, (0, -1, 1 << 40)),
+    EditTable(Table.ROWS, 1, (7, 2), (-1, 30)),
     ClearSlot(2),
     Load((BlockLoad(1 << 40, 1, 2, 3), BlockLoad(0, key_id=7))),
     Restore(1, 512, (0, 65_536)),

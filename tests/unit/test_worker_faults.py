@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import torch
 
 from forepage.errors import RequestError
 from forepage.kv.ids import BlockIdx
@@ -47,6 +48,20 @@ def test_an_index_lost_during_the_first_question_leaves_a_set_within_the_budget(
         rig.run(running)
         assert running.report.paged_steps == 2
         assert running.report.resident_blocks_max < rig.parts.geometry.num_blocks(len(PROMPT))
+        rig.check_baseline()
+
+
+def test_an_index_lost_during_the_first_question_claims_nothing_before_exact_is_granted() -> None:
+    with worker_rig(on_index_down=OnIndexDown.EXACT, recent_tokens=256, load_slack_blocks=1) as rig:
+        running = rig.submit(PROMPT, mode=GUARDED, max_tokens=14, budget_blocks=1)
+        rig.run_until(lambda: bool(rig.index.questions))
+        rig.loop.index_down()
+        while not running.is_over:
+            with torch.inference_mode():
+                rig.loop.turn()
+            check_promises(rig, running)
+        assert running.report.moves_to_exact == 1
+        rig.run_until(lambda: rig.loop.num_sequences == 0)
         rig.check_baseline()
 
 

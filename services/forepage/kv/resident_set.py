@@ -29,6 +29,8 @@ class ResidentSet:
     key_id_by_block: dict[int, int] = field(default_factory=dict)
     pinned_from: int = 0
     num_blocks: int = 0
+    version: int = field(default=0, compare=False)
+    """Grows with every change: what was derived from the set holds while it stays."""
 
     @property
     def chosen(self) -> list[int]:
@@ -57,6 +59,7 @@ class ResidentSet:
 
     def append(self, row_id: int, key_id: int) -> int:
         """A new block under construction; answers its block_idx."""
+        self.version += 1
         block_idx = self.num_blocks
         self.row_id_by_block[block_idx] = row_id
         self.key_id_by_block[block_idx] = key_id
@@ -78,6 +81,7 @@ class ResidentSet:
             raise IntegrityError(f"drop of an always-resident block (pinned from {pinned_from})")
         if set(loaded_rows) & set(self.row_id_by_block) or set(loaded_keys) & set(self.key_id_by_block):
             raise IntegrityError("load of a block that is resident")
+        self.version += 1
         self.pinned_from = pinned_from
         self.row_id_by_block.update(loaded_rows)
         self.key_id_by_block.update(loaded_keys)
@@ -87,6 +91,7 @@ class ResidentSet:
 
     def clear(self) -> Freed:
         """The sequence ended: everything is given up."""
+        self.version += 1
         freed = Freed(tuple(self.row_id_by_block.values()), tuple(self.key_id_by_block.values()))
         self.row_id_by_block.clear()
         self.key_id_by_block.clear()

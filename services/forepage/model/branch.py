@@ -15,11 +15,12 @@ from torch import Tensor
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO
 from forepage.model.compressor import Compressor
 from forepage.model.indexer import Indexer, IndexerTap
-from forepage.model.kv_pools import NOT_RESIDENT, DecodeBatch, PoolLayers, block_slots
+from forepage.model.kv_pools import DecodeBatch, PoolLayers
 from forepage.model.spec import ModelSpec
 from forepage.model.step import DecodeStep, PrefillStep
 from forepage_kernels.gather_rows import gather_rows
 from forepage_kernels.layout import RowPool
+from forepage_kernels.resolve_rows import resolve_rows
 from forepage_kernels.unpack_rows import unpack_rows
 
 
@@ -68,10 +69,9 @@ class C4Branch:
         ask = self.indexer.query(x, latent, step.ropes.compressed, keys=keys.layout)
         tap = self.indexer.select(ask, keys, block_table=batch.key_table, visible=step.c4_visible)
         self.compressor.decode(x, pools.row_state(self.c4_idx), step.new_rows.into(rows), **at)
-        resident = block_slots(batch.row_table, tap.selected.clamp(min=0), BLOCK_ENTRIES)
-        resident = torch.where(tap.selected >= 0, resident, NOT_RESIDENT)
-        plane_offset = self.c4_idx * pools.geometry.rows_plane_bytes
-        slots, pulls = _pull_absent(tap.selected, resident, batch, rows, arena, plane_offset)
+        slots, pulls = _pull_absent(
+            tap.selected, batch, rows, arena, self.c4_idx * pools.geometry.rows_plane_bytes
+        )
         return DecodeRows(pool=rows, slots=slots, tap=tap, pulls=pulls)
 
     def prefill(self, x: Tensor, latent: Tensor, step: PrefillStep, pools: PoolLayers) -> PrefillRows:
@@ -130,33 +130,26 @@ def branch_of(weights: Mapping[str, Tensor], layer: int, spec: ModelSpec) -> C4B
 
 
 def _pull_absent(
-    selected: Tensor,
-    resident: Tensor,
-    batch: DecodeBatch,
-    pool: RowPool,
-    arena: Tensor | None,
-    plane_offset: int,
+    selected: Tensor, batch: DecodeBatch, pool: RowPool, arena: Tensor | None, plane_offset: int
 ) -> tuple[Tensor, Pulls]:
-    """Fetch selected rows that aren't resident: the j-th of the list goes to place j of the staging blocks.
+    """Slots i64 [B, k] of the selected entries, those that aren't resident fetched into the staging blocks.
 
-    Shapes: selected and resident (their slots) i64 [B, k] -> slots i64 [B, k]. `plane_offset` is where the
-    layer's rows begin in a block record.
+    `plane_offset` is where the layer's rows begin in a block record.
     """
-    absent = (selected >= 0) & (resident < 0)  # [B, k]
-    if arena is None:
-        return resident, Pulls(pulled=torch.zeros_like(batch.slots), unserved=absent.sum(1))
-    places = torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
-    staged = block_slots(batch.staging, places, BLOCK_ENTRIES)  # [B, k]
-    entries = selected.clamp(min=0)
-    records = batch.arena_offsets.gather(1, entries // BLOCK_ENTRIES)  # [B, k]
-    pullable = absent & (staged >= 0) & (records >= 0)
-    slots = torch.where(pullable, staged, NOT_RESIDENT)
-    gather_rows(
-        pool,
-        arena,
-        slots=slots.flatten(),
-        plane_offsets=(records + plane_offset).flatten(),
-        entries=(entries % BLOCK_ENTRIES).flatten(),
+    resolved = resolve_rows(
+        selected,
+        batch.row_table,
+        staging=batch.staging if arena is not None else batch.staging[:, :0].contiguous(),
+        records=batch.arena_offsets,
+        plane_offset=plane_offset,
+        block_entries=BLOCK_ENTRIES,
     )
-    pulls = Pulls(pulled=pullable.sum(1), unserved=(absent & ~pullable).sum(1))
-    return torch.where(pullable, staged, resident), pulls
+    if arena is not None:
+        gather_rows(
+            pool,
+            arena,
+            slots=resolved.pull_slots,
+            plane_offsets=resolved.plane_offsets,
+            entries=resolved.entries,
+        )
+    return resolved.slots, Pulls(resolved.pulled, resolved.unserved)

@@ -19,6 +19,7 @@ from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.weights import side_by_side
 from forepage_kernels.compress_quantize import compress_quantize
+from forepage_kernels.compress_token import Window, compress_token
 from forepage_kernels.layout import KeyPool, RowPool
 
 KV, GATE = 0, 1
@@ -68,22 +69,29 @@ class Compressor:
         """Dims of an entry."""
         return self.norm.shape[0]
 
+    @property
+    def _window(self) -> Window:
+        return Window(self.ratio, self.position_bias, self.norm, self.spec.rope_dims, self.spec.norm_eps)
+
     def decode(
         self, x: Tensor, state: Tensor, target: EntryTarget, *, slots: Tensor, positions: Tensor
     ) -> None:
         """Take one token per sequence; store the entry of each whose window it closes.
 
-        Every row computes an entry (no data-dependent shapes); `target.slots` is negative where none closed.
+        `target.slots` is negative where none closed; no size depends on it.
         Shapes: x [B, D], state f32 [num_slots, 2, ring, C], slots and positions i64 [B].
         """
-        ring = state.shape[2]
-        state[slots, :, positions % ring] = self._project(x, positions)  # [B, 2, C]
-        kv, gate = (self._closing_window(state[:, plane], slots, positions) for plane in (KV, GATE))
-        if self.overlaps:
-            # Entry 0 has no previous window: its places hold nothing, whatever the ring has there.
-            void = ((positions < self.ratio)[:, None] & self._is_previous(positions.device)).unsqueeze(-1)
-            kv, gate = kv.masked_fill(void, 0.0), gate.masked_fill(void, float("-inf"))
-        self._store(kv, gate, target)
+        compress_token(
+            F.linear(x.float(), self.w_kv_gate),
+            state,
+            slots,
+            positions,
+            self._window,
+            pool=target.pool,
+            targets=target.slots,
+            cos=target.rope.cos,
+            sin=target.rope.sin,
+        )
 
     def prefill(self, x: Tensor, state: Tensor, target: EntryTarget, *, start: int) -> None:
         """Take consecutive tokens of one sequence; store every entry they close.
@@ -104,20 +112,6 @@ class Compressor:
         """x [n, D] -> (kv, gate with position bias) f32 [n, 2, C]."""
         kv, gate = F.linear(x.float(), self.w_kv_gate).chunk(2, dim=-1)
         return torch.stack((kv, gate + self.position_bias[positions % self.ratio]), dim=1)
-
-    def _closing_window(self, plane: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """The tokens that positions' entries pool, in order: plane [num_slots, ring, C] -> [B, W, dims]."""
-        if not self.overlaps:
-            return plane[slots]  # [B, ratio, dims]
-        halves = plane.view(plane.shape[0], 2, self.ratio, -1)  # even windows, odd windows
-        parity = positions // self.ratio % 2
-        previous = halves[slots, 1 - parity][..., : self.dims]  # [B, ratio, dims]: A
-        current = halves[slots, parity][..., self.dims :]  # B
-        return torch.cat((previous, current), dim=1)
-
-    def _is_previous(self, device: torch.device) -> Tensor:
-        """bool [W]: which places of a window belong to the one before."""
-        return torch.arange(2 * self.ratio, device=device) < self.ratio
 
     def _open_tokens(self, state: Tensor, start: int) -> Tensor:
         """State of the tokens before `start` that later entries pool: [open, 2, C].

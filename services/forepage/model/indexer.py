@@ -21,10 +21,11 @@ from forepage.model.compressor import Compressor
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.weight_matrix import WeightMatrix, matrix_of
-from forepage_kernels.layout import KeyLayout, KeyPool, hadamard
+from forepage_kernels.layout import KeyLayout, KeyPool
 from forepage_kernels.mxfp4 import simulate_mxfp4
 from forepage_kernels.native_indexer import native_indexer
 from forepage_kernels.prefill_indexer import prefill_indexer
+from forepage_kernels.row_turn import hadamard
 from forepage_kernels.select_topk import select_topk
 from forepage_kernels.unpack_rows import unpack_rows
 

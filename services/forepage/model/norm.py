@@ -1,15 +1,5 @@
-"""RMS norms: fp32 inside, one cast at the end."""
+"""RMS norms, as the model's parts import them."""
 
-import torch
-from torch import Tensor
+from forepage_kernels.row_norm import rms_norm, unit_rms
 
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., d] / rms(x) * weight f32 [d]; dtype of x out."""
-    return (unit_rms(x, eps) * weight).to(x.dtype)
-
-
-def unit_rms(x: Tensor, eps: float) -> Tensor:
-    """x [..., d] / rms(x) in fp32, no weight."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+__all__ = ["rms_norm", "unit_rms"]

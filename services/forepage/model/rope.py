@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forepage.model.spec import ModelSpec, YarnScaling
+from forepage_kernels.row_turn import turn_pairs
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate the trailing dims of x [..., d] (leading dims broadcast); same dtype out."""
-        return _rotate(x, self.cos, self.sin)
+        return turn_pairs(x, self.cos, self.sin)
 
     def undo(self, x: Tensor) -> Tensor:
         """Rotate back: the conjugate, used on attention output because values carry positions too."""
-        return _rotate(x, self.cos, -self.sin)
+        return turn_pairs(x, self.cos, self.sin, inverse=True)
 
     def per_head(self) -> "Rotation":
         """The same for x with a head axis before the last: [..., 1, rope_dims / 2]."""
@@ -75,11 +76,3 @@ def yarn_frequencies(dims: int, theta: float, yarn: YarnScaling) -> Tensor:
 def _pair_turning(turns: float, dims: int, theta: float, max_position: int) -> float:
     """The (fractional) pair index that makes `turns` full turns over max_position tokens."""
     return dims * math.log(max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rope_dims = 2 * cos.shape[-1]
-    plain, rotary = x.split_with_sizes([x.shape[-1] - rope_dims, rope_dims], dim=-1)
-    even, odd = rotary.float().reshape(*rotary.shape[:-1], -1, 2).unbind(-1)  # [..., rope_dims / 2] each
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((plain, turned.to(x.dtype)), dim=-1)

@@ -112,8 +112,7 @@ class Transformer:
         record = _Record(self.target_layers, tokens, self.spec.hidden_size)
         streams = self._embed(tokens)  # [B, S, D]
         for layer_idx, layer in enumerate(self._layers):
-            x, mix = layer.attn_streams.collapse(streams)
-            x = rms_norm(x, layer.attn_norm, self.spec.norm_eps)
+            x, mix = layer.attn_streams.collapse(streams, layer.attn_norm)
             attended = layer.attention.decode(x, step, layers, arena)
             record.add(layer_idx, x, attended)
             streams = expand(attended.out, streams, mix)
@@ -130,8 +129,7 @@ class Transformer:
         record = _Record(self.target_layers, tokens[wanted], self.spec.hidden_size)
         streams = self._embed(tokens)  # [S, streams, D]
         for layer_idx, layer in enumerate(self._layers):
-            x, mix = layer.attn_streams.collapse(streams)
-            x = rms_norm(x, layer.attn_norm, self.spec.norm_eps)
+            x, mix = layer.attn_streams.collapse(streams, layer.attn_norm)
             attended = layer.attention.prefill(x, step, layers)
             record.add(layer_idx, x[wanted], attended if all_logits else attended.last())
             streams = expand(attended.out, streams, mix)
@@ -143,8 +141,7 @@ class Transformer:
         return F.embedding(tokens, self._embedding).unsqueeze(1).repeat(1, self.spec.hc_mult, 1)
 
     def _feed_forward(self, layer: Layer, streams: Tensor, tokens: Tensor) -> Tensor:
-        x, mix = layer.ffn_streams.collapse(streams)
-        x = rms_norm(x, layer.ffn_norm, self.spec.norm_eps)
+        x, mix = layer.ffn_streams.collapse(streams, layer.ffn_norm)
         return expand(layer.moe.forward(x, tokens), streams, mix)
 
     def _logits(self, streams: Tensor) -> Tensor:

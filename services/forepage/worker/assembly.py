@@ -23,6 +23,7 @@ from forepage.worker.copy_engine import CopyEngine
 from forepage.worker.device import Device
 from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
 from forepage.worker.kv_memory import KvMemory
+from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.parts import ArenaPort, IndexPort, WorkerParts
 from forepage.worker.rank_device import RankDevice
 from forepage.worker.rank_link import ALONE_RANKS, Ranks
@@ -135,11 +136,20 @@ def assemble(
     """Load rank 0's part of the model and allocate its pools; takes as long as the weights do."""
     geometry, topk = folder.geometry, folder.spec.index_topk
     local = assemble_rank(settings.worker, folder, device, arena, ranks=ranks.tensors)
+    padded = None
+    if device.type == "cuda" and ranks.tensors.num_ranks == 1:
+        is_capturable = geometry.format is KvFormat.FP8
+        padded = PaddedDecode(
+            local,
+            max_rows=settings.worker.max_running,
+            max_graphs=settings.worker.decode_graphs if is_capturable else 0,
+            telemetry=telemetry,
+        )
     return WorkerParts(
         settings=settings.worker,
         geometry=geometry,
         topk=topk,
-        device=Device(local, ranks.commands, num_ranks=ranks.tensors.num_ranks),
+        device=Device(local, ranks.commands, num_ranks=ranks.tensors.num_ranks, padded=padded),
         blocks=GpuBlocks(PoolSizes.from_settings(settings.worker, geometry, topk=topk)),
         arena=arena_port,
         index=index,

@@ -49,6 +49,17 @@ class SetTable:
 
 
 @dataclass(frozen=True)
+class EditTable:
+    """Write single places of a slot's row of a table: a change costs what changed, not the whole row."""
+
+    OP: ClassVar[str] = "edit_table"
+    table: Table
+    slot: int
+    places: tuple[int, ...]
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ClearSlot:
     """Forget a sequence's tables and state."""
 
@@ -108,10 +119,20 @@ class Stop:
     OP: ClassVar[str] = "stop"
 
 
-Command = SetTable | ClearSlot | Load | Restore | PrefillStep | DecodeStep | ConfirmLoads | Stop
+Command = SetTable | EditTable | ClearSlot | Load | Restore | PrefillStep | DecodeStep | ConfirmLoads | Stop
 _BY_OP: dict[str, type[Command]] = {
     kind.OP: kind
-    for kind in (SetTable, ClearSlot, Load, Restore, PrefillStep, DecodeStep, ConfirmLoads, Stop)
+    for kind in (
+        SetTable,
+        EditTable,
+        ClearSlot,
+        Load,
+        Restore,
+        PrefillStep,
+        DecodeStep,
+        ConfirmLoads,
+        Stop,
+    )
 }
 
 
@@ -144,7 +165,7 @@ def _unpacked(op: str, *values: Any) -> Command:
     kind = _BY_OP[op]
     if kind is Load:
         return Load(tuple(BlockLoad(*load) for load in values[0]))
-    if kind is SetTable:
+    if kind is SetTable or kind is EditTable:
         table, *rest = values
-        return SetTable(Table(table), *rest)
+        return kind(Table(table), *rest)
     return kind(*values)

@@ -1,16 +1,18 @@
 """Moves block records between the arena and the device, beside the computation.
 
-One thread issues the copies. On a GPU they run on a stream of their own, ordered by events: a copy
-starts after everything that was launched before it was asked for, and its future is done only when
-its own event has fired. On a machine without a GPU the same thread copies host memory.
+On a GPU loads and stores run on streams of their own (copy_lane.py), ordered by events: a copy starts after
+everything that was launched before it was asked for, and its future is done only when its own event has
+fired. On a machine without a GPU one thread copies host memory.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,11 @@ from forepage.coldpool.records import payload_checksum
 from forepage.kv.geometry import KvGeometry
 from forepage.model.kv_pools import KvPools
 from forepage.worker.commands import SKIP, BlockLoad
+from forepage.worker.copy_lane import CopyLane
+from forepage.worker.host_copy import upload
 from forepage_kernels.gather_blocks import gather_blocks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,50 +46,39 @@ class CopyEngine:
         self._arena = arena
         self._geometry = geometry
         self._device = pools.rows.device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        is_cuda = self._device.type == "cuda"
+        self._load_lane = CopyLane("load", self._device) if is_cuda else None
+        self._store_lane = CopyLane("store", self._device) if is_cuda else None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copy")
 
     def load(self, loads: Seq[BlockLoad]) -> Future[None]:
         """Start loading; done when the bytes are on the device."""
-        return self._executor.submit(self._ordered, self._load, list(loads), self._mark())
+        copy = partial(self._load, list(loads))
+        if self._load_lane is None:
+            return self._executor.submit(_on_host, copy, lambda: None)
+        return self._load_lane.start(copy, lambda: None)
 
     def store(self, stores: Seq[BlockStore]) -> Future[list[int]]:
         """Start writing back; done when the bytes are in the arena, with each record's xxh3_64."""
-        return self._executor.submit(self._store_and_sum, list(stores), self._mark())
+        copy, sums = partial(self._store, list(stores)), partial(self._sums, list(stores))
+        if self._store_lane is None:
+            return self._executor.submit(_on_host, copy, sums)
+        return self._store_lane.start(copy, sums)
 
     def put(self, arena_offset: int, payload: Tensor) -> Future[int]:
         """Write one payload (u8, host) into the arena; done with its xxh3_64."""
         return self._executor.submit(self._put, arena_offset, payload)
 
     def close(self) -> None:
-        """Wait for what was started, then stop the thread."""
+        """Wait for what was started, then stop the threads."""
+        for lane in (self._load_lane, self._store_lane):
+            if lane is not None:
+                lane.close()
         self._executor.shutdown(wait=True)
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """An event behind everything the caller's stream has launched so far."""
-        if self._stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def _ordered(
-        self, copy: Callable[[list[Any]], None], items: list[Any], after: torch.cuda.Event | None
-    ) -> None:
-        with torch.inference_mode():
-            if self._stream is None:
-                copy(items)
-                return
-            with torch.cuda.stream(self._stream):
-                if after is not None:
-                    self._stream.wait_event(after)
-                copy(items)
-                done = torch.cuda.Event()
-                done.record(self._stream)
-            done.synchronize()
 
     def _load(self, loads: list[BlockLoad]) -> None:
         geometry = self._geometry
+        offsets = np.array([load.arena_offset for load in loads], np.int64)
         parts = (
             (self._pools.rows, [load.row_id for load in loads], 0),
             (self._pools.keys, [load.key_id for load in loads], geometry.keys_offset),
@@ -94,10 +89,8 @@ class CopyEngine:
                 gather_blocks(
                     pool,
                     self._arena,
-                    block_ids=torch.tensor(ids, dtype=torch.int64, device=self._device),
-                    arena_offsets=torch.tensor(
-                        [load.arena_offset + offset for load in loads], dtype=torch.int64, device=self._device
-                    ),
+                    block_ids=upload(np.array(ids, np.int64), self._device),
+                    arena_offsets=upload(offsets + offset, self._device),
                 )
 
     def _store(self, stores: list[BlockStore]) -> None:
@@ -111,8 +104,7 @@ class CopyEngine:
             ):
                 record[start : start + pool.shape[1]].copy_(pool[block_id], non_blocking=True)
 
-    def _store_and_sum(self, stores: list[BlockStore], after: torch.cuda.Event | None) -> list[int]:
-        self._ordered(self._store, stores, after)
+    def _sums(self, stores: list[BlockStore]) -> list[int]:
         return [self._sum(store.arena_offset, self._geometry.record_bytes) for store in stores]
 
     def _put(self, arena_offset: int, payload: Tensor) -> int:
@@ -121,3 +113,9 @@ class CopyEngine:
 
     def _sum(self, arena_offset: int, num_bytes: int) -> int:
         return payload_checksum(self._arena[arena_offset : arena_offset + num_bytes].numpy().data)
+
+
+def _on_host(copy: Callable[[], None], finish: Callable[[], T]) -> T:
+    with torch.inference_mode():
+        copy()
+    return finish()

@@ -1,61 +1,154 @@
-"""One decode step for every sequence that can take one: compute, sample, account, write back."""
+"""Decode steps for every sequence that can take one: launch, and later read, account, write back.
 
+A step may be launched before the one ahead of it is read. What a step saw (its resident set, whether the
+sequence was clean, its state at a block's end) is kept with it, and becomes the sequence's when it is read. A
+sequence that has ended by then takes nothing of it: not its token, its counts, its block or its state.
+"""
+
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from forepage.errors import ForepageError, IntegrityError
 from forepage.telemetry import MetricName
+from forepage.worker.launched_step import DecodeRow, LaunchedStep, StepResult
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import held_quota
-from forepage.worker.sampler import Pick, sample
-from forepage.worker.sequence import Sequence, StepTap
+from forepage.worker.report import StepView
+from forepage.worker.sampler import Pick
+from forepage.worker.sequence import Phase, Sequence, Snapshot
 from forepage.worker.write_back import WriteBack
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One sequence's part in a step under way."""
+
+    sequence: Sequence
+    view: StepView
+    clean: bool
+    is_tapped: bool
+    snapshot: Snapshot | None
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A step under way."""
+
+    parts: tuple[_Part, ...]
+    step: LaunchedStep
+
+
 class Decode:
-    """Steps a batch; the tokens it returns are for the loop to emit."""
+    """Steps batches; the tokens it reads are for the loop to emit."""
 
     def __init__(self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack) -> None:
         self._parts = parts
         self._lookahead = lookahead
         self._write_back = write_back
+        self._unread: deque[_Unread] = deque()
+        self._views: dict[int, tuple[tuple[int, ...], StepView]] = {}
+
+    @property
+    def num_unread(self) -> int:
+        """Steps launched and not read."""
+        return len(self._unread)
 
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether the block of the next token is there, or can be taken from what was promised."""
-        if sequence.num_processed % self._parts.geometry.block_tokens:
+        if sequence.num_launched % self._parts.geometry.block_tokens:
             return True
         holds, held = sequence.holds, held_quota(self._parts, sequence)
         return held.rows < holds.row_promise and held.keys < holds.key_promise
 
-    def step(self, batch: Seq[Sequence]) -> list[Pick]:
-        """Process each sequence's newest token; the next tokens picked, in order."""
-        parts = self._parts
+    def launch(self, batch: Seq[Sequence]) -> None:
+        """Start processing each sequence's newest token."""
         for sequence in batch:
             self._grow(sequence)
-            self._account(sequence)
-        output = parts.device.decode(
-            slots=[sequence.holds.slot for sequence in batch],
-            positions=[sequence.num_processed for sequence in batch],
-            tokens=[sequence.tokens[-1] for sequence in batch],
-        )
-        picks = sample(output.logits, [s.sampling_row(s.num_processed + 1) for s in batch])
-        pulled, unserved = output.pulled_rows.tolist(), output.unserved_rows.tolist()
-        if any(unserved):
-            raise IntegrityError(f"{sum(unserved)} selected rows were neither resident nor pulled")
-        for row, sequence in enumerate(batch):
-            sequence.num_processed += 1
-            demand_bytes = pulled[row] * parts.geometry.row_bytes
-            sequence.report.demand_bytes += demand_bytes
-            if demand_bytes:
-                parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
-            self._finish_block(sequence)
-            self._look_ahead(sequence, StepTap(output.hidden[row], output.indexer, row))
-        return picks
+        rows = [self._row(sequence) for sequence in batch]
+        step = self._parts.device.decode(rows)
+        for fallback in step.fallbacks:
+            self._parts.telemetry.count(MetricName.FALLBACKS, fallback=fallback)
+        launched = zip(batch, rows, strict=True)
+        self._unread.append(_Unread(tuple(self._part(*pair) for pair in launched), step))
 
-    def _look_ahead(self, sequence: Sequence, tap: StepTap) -> None:
+    def read(self) -> Iterator[tuple[Sequence, Pick]]:
+        """The oldest step's tokens in the order of its batch, each to be emitted before the next is taken.
+
+        Raises: IntegrityError when a step attended less than it selected.
+        """
+        unread = self._unread.popleft()
+        result = unread.step.read()
+        for row, part in enumerate(unread.parts):
+            part.sequence.num_unread -= 1
+            part.sequence.unread_taps -= part.is_tapped
+            if part.sequence.phase is not Phase.DONE:
+                self._take(part, unread.step, result, row)
+                yield part.sequence, result.picks[row]
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        self._views.pop(sequence.incarnation, None)
+
+    def _row(self, sequence: Sequence) -> DecodeRow:
+        step = sequence.report.decode_steps + sequence.num_unread + 1
+        return DecodeRow(
+            slot=sequence.holds.slot,
+            position=sequence.num_launched,
+            token=None if sequence.num_unread else sequence.tokens[-1],
+            sampling=sequence.sampling_row(sequence.num_launched + 1),
+            wants_tap=self._lookahead.wants_tap(sequence, step),
+            pulls=bool(sequence.holds.staging_ids),
+        )
+
+    def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:
+        """What the step just launched saw. Once a key is absent a sequence's blocks are no longer clean."""
+        view = self._view(sequence)
+        clean = sequence.clean and view.keys_complete
+        sequence.num_unread += 1
+        sequence.unread_taps += row.wants_tap
+        ends_block = (row.position + 1) % self._parts.geometry.block_tokens == 0
+        snapshot = self._write_back.snapshot_at(sequence, row.position + 1) if clean and ends_block else None
+        return _Part(sequence, view, clean, row.wants_tap, snapshot)
+
+    def _view(self, sequence: Sequence) -> StepView:
+        """Made anew only when something changed: it counts every block of the sequence."""
+        resident, load = sequence.resident, sequence.lookahead.load
+        in_flight = max(len(load.row_ids), len(load.key_ids)) if load else 0
+        staging, budget = len(sequence.holds.staging_ids), sequence.guard.budget_blocks
+        key = (resident.version, in_flight, staging, budget)
+        kept = self._views.get(sequence.incarnation)
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        view = StepView.of(
+            resident, self._parts.geometry, staging_blocks=staging, in_flight=in_flight, budget=budget
+        )
+        self._views[sequence.incarnation] = key, view
+        return view
+
+    def _take(self, part: _Part, step: LaunchedStep, result: StepResult, row: int) -> None:
+        sequence = part.sequence
+        if result.unserved[row]:
+            raise IntegrityError(f"{result.unserved[row]} selected rows were neither resident nor pulled")
+        sequence.num_processed += 1
+        sequence.clean &= part.clean
+        sequence.report.add_step(part.view)
+        if demand_bytes := result.pulled[row] * self._parts.geometry.row_bytes:
+            sequence.report.demand_bytes += demand_bytes
+            self._parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
+        if sequence.num_processed % self._parts.geometry.block_tokens == 0:
+            self._write_back.store_finished(sequence)
+            if sequence.clean and part.snapshot is not None:
+                sequence.snapshot = part.snapshot
+        if part.is_tapped:
+            self._look_ahead(sequence, step, row)
+
+    def _look_ahead(self, sequence: Sequence, step: LaunchedStep, row: int) -> None:
         """A step whose scores can't be audited (not finite) ends its own request, not the worker."""
         try:
-            self._lookahead.after_step(sequence, tap)
+            self._lookahead.after_step(sequence, step.tap(row))
         except IntegrityError:
             raise
         except ForepageError as error:
@@ -63,25 +156,8 @@ class Decode:
 
     def _grow(self, sequence: Sequence) -> None:
         resident, blocks = sequence.resident, self._parts.blocks
-        if sequence.num_processed // self._parts.geometry.block_tokens < resident.num_blocks:
+        if sequence.num_launched // self._parts.geometry.block_tokens < resident.num_blocks:
             return
-        resident.append(blocks.rows.allocate(1)[0], blocks.keys.allocate(1)[0])
-        self._parts.device.set_residency(sequence.holds.slot, resident)
-
-    def _account(self, sequence: Sequence) -> None:
-        """What this step will see. Once a key is absent the sequence's own blocks are no longer clean."""
-        resident, load = sequence.resident, sequence.lookahead.load
-        sequence.clean &= resident.keys_complete
-        in_flight = max(len(load.row_ids), len(load.key_ids)) if load else 0
-        sequence.report.add_step(
-            resident,
-            self._parts.geometry,
-            staging_blocks=len(sequence.holds.staging_ids),
-            in_flight=in_flight,
-            budget=sequence.guard.budget_blocks,
-        )
-
-    def _finish_block(self, sequence: Sequence) -> None:
-        if sequence.num_processed % self._parts.geometry.block_tokens == 0:
-            self._write_back.store_finished(sequence)
-            self._write_back.take_snapshot(sequence)
+        row_id, key_id = blocks.rows.allocate(1)[0], blocks.keys.allocate(1)[0]
+        block_idx = resident.append(row_id, key_id)
+        self._parts.device.edit_residency(sequence.holds.slot, {block_idx: row_id}, {block_idx: key_id})

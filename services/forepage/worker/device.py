@@ -7,6 +7,7 @@ ranks hold the same bytes.
 """
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 
@@ -24,6 +25,7 @@ from forepage.worker.commands import (
     Command,
     ConfirmLoads,
     DecodeStep,
+    EditTable,
     Load,
     PrefillStep,
     Restore,
@@ -34,6 +36,9 @@ from forepage.worker.commands import (
     encode_batch,
 )
 from forepage.worker.copy_engine import BlockStore
+from forepage.worker.host_copy import HostCopy
+from forepage.worker.launched_step import DecodeRow, EagerStep, LaunchedStep
+from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.rank_device import LoadState, RankDevice
 from forepage.worker.rank_link import RankLink
 
@@ -44,8 +49,19 @@ HEARTBEAT_S = 1.0
 class Device:
     """Rank 0's device, leading those of the other ranks if there are any; used by the loop's thread."""
 
-    def __init__(self, local: RankDevice, link: RankLink | None = None, *, num_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        local: RankDevice,
+        link: RankLink | None = None,
+        *,
+        num_ranks: int = 1,
+        padded: PaddedDecode | None = None,
+    ) -> None:
+        """`padded` takes the decode steps of a device that is alone; without it each is an eager command."""
         self.local = local
+        self._padded = padded
+        self._last_tokens: dict[int, int] = {}
+        """By slot: what the last eager step picked."""
         self._link = link
         self._num_ranks = num_ranks
         self._unsent: list[Command] = []
@@ -64,10 +80,21 @@ class Device:
         where = str(self.local.memory.device)
         return where if self._num_ranks == 1 else f"{where} and {self._num_ranks - 1} more"
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a step can be launched before the tokens of the last one are known, and gains by it."""
+        return self._padded is not None and self.local.memory.device.type == "cuda"
+
     def set_residency(self, slot: int, resident: ResidentSet) -> None:
         """Make attention see this set from the next step on: the commit."""
         self._do(SetTable(Table.ROWS, slot, tuple(resident.row_table())))
         self._do(SetTable(Table.KEYS, slot, tuple(resident.key_table())))
+
+    def edit_residency(self, slot: int, rows: Mapping[int, int], keys: Mapping[int, int]) -> None:
+        """The same, for the blocks that change alone: block_idx -> block id, or NOT_RESIDENT."""
+        for table, ids in ((Table.ROWS, rows), (Table.KEYS, keys)):
+            if ids:
+                self._do(EditTable(table, slot, tuple(ids), tuple(ids.values())))
 
     def set_c128(self, slot: int, ids: Seq[int]) -> None:
         """The c128 blocks of a sequence, in block order."""
@@ -76,6 +103,10 @@ class Device:
     def set_arena_offsets(self, slot: int, offsets: Seq[int]) -> None:
         """Where each block's record payload begins in the arena, NO_ARENA where it isn't there yet."""
         self._do(SetTable(Table.ARENA, slot, tuple(offsets)))
+
+    def edit_arena_offsets(self, slot: int, offset_by_block: Mapping[int, int]) -> None:
+        """Where the records of some blocks begin."""
+        self._do(EditTable(Table.ARENA, slot, tuple(offset_by_block), tuple(offset_by_block.values())))
 
     def set_staging(self, slot: int, row_ids: Seq[int]) -> None:
         """Row blocks that pulled rows of this sequence go to; none: it never pulls."""
@@ -103,9 +134,17 @@ class Device:
         """Process consecutive tokens of one sequence; the last one's output."""
         return self._step(PrefillStep(slot, start, tuple(tokens)))
 
-    def decode(self, slots: Seq[int], positions: Seq[int], tokens: Seq[int]) -> StepOutput:
-        """Process one token of each sequence."""
-        return self._step(DecodeStep(tuple(slots), tuple(positions), tuple(tokens)))
+    def decode(self, rows: Seq[DecodeRow]) -> LaunchedStep:
+        """Process one token of each sequence and pick the next ones."""
+        if self._padded is not None:
+            return self._padded.launch(rows)
+        tokens = [self._last_tokens[row.slot] if row.token is None else row.token for row in rows]
+        slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
+        output = self._step(DecodeStep(slots, positions, tuple(tokens)))
+        is_cpu = self.local.memory.device.type == "cpu"
+        step = EagerStep.sampled(output, rows, fallbacks=() if is_cpu else ("eager_decode",))
+        self._last_tokens |= {row.slot: pick.token for row, pick in zip(rows, step.result.picks, strict=True)}
+        return step
 
     def store(self, stores: Seq[BlockStore]) -> Future[list[int]]:
         """Start writing blocks back to the arena; done with each record's checksum."""
@@ -115,10 +154,10 @@ class Device:
         """Write one payload (u8, host) into the arena; done with its checksum."""
         return self.local.copies.put(arena_offset, payload)
 
-    def snapshot(self, slot: int, num_tokens: int) -> Tensor:
-        """Window and compressor state of a slot as a resume record, on the host."""
+    def snapshot(self, slot: int, num_tokens: int) -> HostCopy:
+        """Window and compressor state of a slot, behind the last step launched, as a resume record."""
         memory = self.local.memory
-        return snapshot(memory.pools, slot, num_tokens, memory.geometry).cpu()
+        return HostCopy.of(snapshot(memory.pools, slot, num_tokens, memory.geometry))
 
     def tick(self) -> None:
         """Between steps: start loads on the other ranks, and settle those that every rank has ended.

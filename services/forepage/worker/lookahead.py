@@ -15,6 +15,7 @@ from forepage.rpc import index_pb2 as pb
 from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.telemetry import MetricName, SpanName, set_attributes, traceparent_of
 from forepage.worker.auditing import Auditing
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import (
@@ -27,7 +28,10 @@ from forepage.worker.questions import (
 )
 from forepage.worker.quota import grow_promise
 from forepage.worker.residency import Residency
-from forepage.worker.sequence import Phase, Sequence, StepTap
+from forepage.worker.sequence import Phase, Room, Sequence, StepTap
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Its multiples, modulo 1, fill the unit interval evenly however many are taken."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class _Asked:
 class Lookahead:
     """Questions, answers and their consequences for every sequence of a worker."""
 
-    def __init__(self, parts: WorkerParts, auditing: Auditing, residency: Residency) -> None:
+    def __init__(
+        self, parts: WorkerParts, auditing: Auditing, residency: Residency, full_by_room: FullByRoom
+    ) -> None:
         self._parts = parts
+        self._full_by_room = full_by_room
         self._auditing = auditing
         self._residency = residency
         self._ids = itertools.count(1)
@@ -67,12 +74,19 @@ class Lookahead:
         self._begin_interval(sequence)
         return self._ask(sequence, tap, predict=True, audit=False)
 
+    def wants_tap(self, sequence: Sequence, step: int) -> bool:
+        """Whether `after_step` may need what the sequence's step-th decode step leaves."""
+        state = sequence.lookahead
+        if sequence.request.mode is ResidencyMode.FULL:
+            return False
+        return step >= state.next_boundary or step in state.audit_steps
+
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""
         state, settings = sequence.lookahead, self._parts.settings
         step = sequence.report.decode_steps
         is_boundary = step >= state.next_boundary
-        if sequence.request.mode is ResidencyMode.FULL or not (is_boundary or step in state.audit_steps):
+        if not self.wants_tap(sequence, step):
             return
         is_guarded = sequence.request.mode is ResidencyMode.GUARDED
         audit = is_guarded or sequence.request.audit
@@ -82,9 +96,13 @@ class Lookahead:
             self._end_of_interval(sequence)
             self._begin_interval(sequence)
         candidates = num_candidates(sequence, settings, self._parts.geometry)
-        if sequence.fits_budget(candidates) and sequence.resident.rows_complete:
-            return  # nothing is absent, and nothing needs to be
-        self._ask(sequence, tap, predict=is_boundary, audit=audit and not sequence.resident.keys_complete)
+        needs_none_absent = sequence.fits_budget(candidates) or sequence.room is Room.KEPT
+        if needs_none_absent and sequence.resident.rows_complete:
+            return
+        if is_boundary and self._full_by_room.try_return(sequence):
+            self._residency.start_fill(sequence)
+        predict = is_boundary and sequence.room is not Room.FILLING
+        self._ask(sequence, tap, predict=predict, audit=audit and not sequence.resident.keys_complete)
 
     def on_reply(self, reply: pb.LookaheadReply) -> None:
         """A reply of the index: its audits count, its plan too if it is of the newest question."""
@@ -115,6 +133,19 @@ class Lookahead:
                 sequence.lookahead.question = None
                 self._fall_back(sequence, question)
         self._asked.clear()
+
+    def is_commit_due(self, sequence: Sequence) -> bool:
+        """Whether `tick` would change the resident set now.
+
+        Raises: DependencyError when a record changed under a load that is done.
+        """
+        state = sequence.lookahead
+        if state.load is None:
+            return state.want_exact or (not sequence.is_exact and _has_exact_keys(sequence))
+        if not state.load.future.done():
+            return False
+        self._residency.check_load(sequence)
+        return True
 
     def tick(self, sequence: Sequence) -> None:
         """Between steps: commit what has arrived, start what was decided."""
@@ -177,7 +208,7 @@ class Lookahead:
         step = sequence.report.decode_steps
         state.interval += 1
         sequence.report.intervals += 1
-        phase = (sequence.holds.slot * settings.interval_steps // 8) % settings.interval_steps
+        phase = first_interval_cut(sequence.holds.slot, settings.interval_steps)
         state.next_boundary = step + settings.interval_steps - (phase if state.interval == 0 else 0)
         state.audit_steps = random_audit_steps(sequence, settings, step)
 
@@ -291,6 +322,11 @@ class Lookahead:
             question.predict_span.end()
         set_attributes(question.span, outcome=outcome.value)
         question.span.end()
+
+
+def first_interval_cut(slot: int, interval_steps: int) -> int:
+    """How many steps a slot's first interval is shorter: boundaries of any number of slots spread evenly."""
+    return int(slot * GOLDEN_RATIO % 1.0 * interval_steps)
 
 
 def _has_exact_keys(sequence: Sequence) -> bool:

@@ -1,8 +1,9 @@
 """The worker's loop: one thread that owns every sequence and the device. Read this top-down.
 
 Each turn: take in messages, commit what has arrived, admit, then one step: a prefill chunk or a decode
-step for the whole batch, in turns when both are due. Nothing in it waits for another process; it sleeps
-only when no sequence can take a step.
+step for the whole batch, in turns when both are due. On a GPU the step of a turn is launched before that of
+the turn before is read, so the device never waits for the host. Nothing in it waits for another process; it
+sleeps only when no sequence can take a step.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from forepage.telemetry import fail_span, set_attributes
 from forepage.worker.admission import Admission, free_device
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
+from forepage.worker.events import failed_event, finished_event, started_event, tokens_event
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
@@ -36,7 +39,6 @@ from forepage.worker.quota import shrink_promise
 from forepage.worker.residency import Residency
 from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Phase, Sequence
-from forepage.worker.usage import residency_report
 from forepage.worker.write_back import WriteBack
 
 IDLE_S = 0.25
@@ -59,11 +61,13 @@ class Loop:
         self._prefill_turn = True
         self._admission = Admission(parts)
         self._write_back = WriteBack(parts)
-        self._residency = Residency(parts)
+        self._full_by_room = FullByRoom(parts)
+        self._residency = Residency(parts, self._full_by_room)
         self._auditing = Auditing(parts, arena)
-        self._lookahead = Lookahead(parts, self._auditing, self._residency)
+        self._lookahead = Lookahead(parts, self._auditing, self._residency, self._full_by_room)
         self._prefill = Prefill(parts, self._write_back)
         self._decode = Decode(parts, self._lookahead, self._write_back)
+        self._num_ahead = parts.ahead_steps
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.broken: BaseException | None = None
 
@@ -139,7 +143,7 @@ class Loop:
         self.broken = error
         told = IntegrityError("the worker broke down; send the request again")
         for sequence in list(self._live.values()):
-            sequence.emit(_failed(error if isinstance(error, DependencyError) else told))
+            sequence.emit(failed_event(error if isinstance(error, DependencyError) else told))
 
     def turn(self) -> None:
         """One turn; the thread's body, or called by a test that has no thread."""
@@ -151,14 +155,22 @@ class Loop:
         self._admit()
         self._release_ended()
         prefills = [s for s in self._live.values() if s.phase is Phase.PREFILL]
-        decodes = [s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None]
+        decodes = self._ready()
         if prefills and (self._prefill_turn or not decodes):
+            self._read_steps(0)
             self._guarded(prefills[0], self._prefill_step)
         elif decodes:
             self._decode_step(decodes)
+        elif self._decode.num_unread:
+            self._read_steps(0)
         else:
             self._wait()
         self._prefill_turn = not self._prefill_turn
+
+    def _ready(self) -> list[Sequence]:
+        """Sequences that can take a decode step."""
+        decodes = (s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None)
+        return [s for s in decodes if not s.awaits_last_token]
 
     def _take_messages(self) -> None:
         while not self._inbox.empty():
@@ -182,12 +194,19 @@ class Loop:
             and sequence.prefix_load.done()
         ):
             self._admission.finish_loading(sequence)
-            sequence.emit(_started(sequence))
+            sequence.emit(started_event(sequence))
         elif sequence.phase is Phase.FIRST_PLAN:
             self._await_first_plan(sequence)
         elif sequence.phase in (Phase.DECODE, Phase.PAUSED):
-            self._lookahead.tick(sequence)
-            self._check_blocked(sequence)
+            if sequence.unread_taps and self._lookahead.is_commit_due(sequence):
+                self._read_steps(0)  # its audit is asked when it is read, and is about the set it saw
+            self._tick(sequence)
+
+    def _tick(self, sequence: Sequence) -> None:
+        if sequence.phase is Phase.DONE:
+            return
+        self._lookahead.tick(sequence)
+        self._check_blocked(sequence)
 
     def _admit(self) -> None:
         for sequence in self._admission.expired():
@@ -195,7 +214,9 @@ class Loop:
             self._fail(sequence, error)
         while (oldest := self._admission.next_waiting()) is not None:
             if not self._admission.try_start(oldest):
+                self._full_by_room.make_room(self._live.values())
                 break
+        self._full_by_room.is_room_wanted = self._admission.num_waiting > 0
 
     def _prefill_step(self, sequence: Sequence) -> None:
         end = self._prefill.step(sequence)
@@ -222,7 +243,7 @@ class Loop:
                 return
             tap, sequence.first_tap = sequence.first_tap, None
             candidates = num_candidates(sequence, self._parts.settings, self._parts.geometry)
-            if sequence.fits_budget(candidates):
+            if sequence.fits_budget(candidates) or self._full_by_room.try_keep(sequence):
                 self._start_decode(sequence)
                 return
             if not self._lookahead.ask_first(sequence, tap):
@@ -242,14 +263,27 @@ class Loop:
         sequence.phase = Phase.DECODE
 
     def _decode_step(self, batch: list[Sequence]) -> None:
-        for sequence, pick in zip(batch, self._decode.step(batch), strict=True):
-            self._emit_token(sequence, pick)
-            if sequence.failure is not None and sequence.phase is not Phase.DONE:
-                self._fail(sequence, sequence.failure)
+        """Launch a step of all, read those before it; a sequence that the host samples can't run ahead."""
+        num_ahead = self._num_ahead
+        if any(sequence.is_sampled_on_host for sequence in batch):
+            num_ahead = 0
+            self._read_steps(0)
+            batch = self._ready()
+        if batch:
+            self._decode.launch(batch)
+        self._read_steps(num_ahead)
+
+    def _read_steps(self, num_ahead: int) -> None:
+        """Take in the oldest steps until so many are under way."""
+        while self._decode.num_unread > num_ahead:
+            for sequence, pick in self._decode.read():
+                self._emit_token(sequence, pick)
+                if sequence.failure is not None and sequence.phase is not Phase.DONE:
+                    self._fail(sequence, sequence.failure)
 
     def _emit_token(self, sequence: Sequence, pick: Pick) -> None:
         sequence.take_token(pick.token)
-        sequence.emit(_tokens(pick))
+        sequence.emit(tokens_event(pick))
         if sequence.constraint is not None and sequence.constraint.is_broken:
             self._fail(sequence, ForepageError("the answer can't be kept to its schema any further"))
         elif sequence.says_no_more:
@@ -260,17 +294,7 @@ class Loop:
     def _finish(self, sequence: Sequence, reason: pb.FinishReason) -> None:
         self._write_back.store_resume(sequence)
         self._lookahead.forget(sequence)
-        sequence.emit(
-            pb.GenerateEvent(
-                finished=pb.Finished(
-                    reason=reason,
-                    prompt_tokens=len(sequence.request.prompt),
-                    cached_tokens=sequence.cached_tokens,
-                    completion_tokens=sequence.num_generated,
-                    residency=residency_report(self._parts, sequence),
-                )
-            )
-        )
+        sequence.emit(finished_event(self._parts, sequence, reason))
         self._end(sequence)
 
     def _submit(self, sequence: Sequence) -> None:
@@ -305,7 +329,7 @@ class Loop:
 
     def _fail(self, sequence: Sequence, error: ForepageError) -> None:
         fail_span(sequence.span, error)
-        sequence.emit(_failed(error))
+        sequence.emit(failed_event(error))
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
@@ -314,6 +338,7 @@ class Loop:
             return
         self._admission.remove(sequence)
         self._lookahead.forget(sequence)
+        self._decode.forget(sequence)
         if sequence.stage_span is not None:
             sequence.stage_span.end()
         set_attributes(sequence.span, output_tokens=sequence.num_generated)
@@ -325,6 +350,8 @@ class Loop:
 
     def _try_release(self, sequence: Sequence) -> bool:
         load = sequence.lookahead.load
+        if sequence.num_unread:
+            return False
         if sequence.grant is not None:
             if not sequence.grant.done():
                 return False
@@ -363,29 +390,3 @@ class Loop:
 
 def _shutting_down() -> DependencyError:
     return DependencyError("the worker is shutting down", None, 1.0)
-
-
-def _tokens(pick: Pick) -> pb.GenerateEvent:
-    tokens = pb.Tokens(token_ids=[pick.token])
-    if pick.logprob is not None:
-        tokens.chosen.add(token_id=pick.token, logprob=pick.logprob)
-        for token, logprob in pick.top:
-            tokens.top.add(token_id=token, logprob=logprob)
-    return pb.GenerateEvent(tokens=tokens)
-
-
-def _started(sequence: Sequence) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
-        started=pb.Started(prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens)
-    )
-
-
-def _failed(error: ForepageError) -> pb.GenerateEvent:
-    return pb.GenerateEvent(
-        failed=pb.Failed(
-            code=error.code,
-            message=error.message,
-            param=error.param or "",
-            retry_after_s=error.retry_after_s or 0.0,
-        )
-    )

@@ -53,6 +53,12 @@ class WorkerParts:
     log: structlog.stdlib.BoundLogger
 
     @property
+    def ahead_steps(self) -> int:
+        """Decode steps launched before the tokens of the last one are read."""
+        asked = self.settings.ahead_steps
+        return int(self.device.may_run_ahead) if asked is None else asked
+
+    @property
     def resume_parts(self) -> int:
         """Arena slots of one resume record."""
         return -(-self.geometry.resume_bytes // self.geometry.slot_bytes)

@@ -24,9 +24,12 @@ def prefill_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
 
 
 def steady_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """While it decodes: everything in `full`, else budget, tail and load slack (all keys in `exact`)."""
+    """While it decodes: in `full` (asked for, or by room) everything, else budget, tail and load slack.
+
+    In `exact` all keys, and staging blocks.
+    """
     total = parts.geometry.num_blocks(sequence.request.total_tokens)
-    if sequence.request.mode is ResidencyMode.FULL:
+    if sequence.request.mode is ResidencyMode.FULL or sequence.is_full_by_room:
         return Quota(total, total)
     paged = min(total, sequence.guard.budget_blocks + parts.recent_blocks + parts.settings.load_slack_blocks)
     if sequence.is_exact:
@@ -73,9 +76,9 @@ def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
 
 
 def held_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """What the sequence holds, loads under way included, and in `exact` the staging it has yet to take."""
+    """What the sequence holds, loads under way included, and once `exact` is granted its staging to come."""
     holds, load = sequence.holds, sequence.lookahead.load
-    staging = parts.blocks.staging_blocks if sequence.is_exact else len(holds.staging_ids)
+    staging = parts.blocks.staging_blocks if sequence.keeps_keys else len(holds.staging_ids)
     return Quota(
         len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) if load else 0),
         len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0),

@@ -7,12 +7,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from forepage.model.kv_pools import DecodeBatch
 from forepage.model.resume import restore
 from forepage.model.transformer import StepOutput, Transformer
 from forepage.worker.commands import (
     ClearSlot,
     Command,
     DecodeStep,
+    EditTable,
     Load,
     PrefillStep,
     Restore,
@@ -47,6 +49,8 @@ class RankDevice:
         match command:
             case SetTable():
                 self.memory.set_table(command.table, command.slot, command.values)
+            case EditTable():
+                self.memory.edit_table(command.table, command.slot, command.places, command.values)
             case ClearSlot():
                 self.memory.clear_slot(command.slot)
             case Load():
@@ -60,6 +64,13 @@ class RankDevice:
             case _:
                 raise ValueError(f"{command.OP} is between ranks, not for one of them")
         return None
+
+    def decode(self, tokens: Tensor, batch: DecodeBatch, *, pulls: bool = True) -> StepOutput:
+        """One decode step of tokens i64 [B], whatever the batch's tables say; never waits for the device.
+
+        `pulls` False: no row of the batch may pull; the same result in one launch less a layer.
+        """
+        return self.model.decode(tokens, batch, self.memory.pools, self._arena if pulls else None)
 
     def load_states(self) -> list[LoadState]:
         """How far each load is."""
@@ -77,12 +88,14 @@ class RankDevice:
         restore(memory.pools, command.slot, command.num_tokens, geometry, payload)
 
     def _prefill(self, command: PrefillStep) -> StepOutput:
+        self.memory.flush()
         chunk = self.memory.prefill_chunk(command.slot, command.start, len(command.tokens))
         return self.model.prefill(self._tokens(command.tokens), chunk, self.memory.pools)
 
     def _decode(self, command: DecodeStep) -> StepOutput:
+        self.memory.flush()
         batch = self.memory.decode_batch(command.slots, command.positions)
-        return self.model.decode(self._tokens(command.tokens), batch, self.memory.pools, self._arena)
+        return self.decode(self._tokens(command.tokens), batch)
 
     def _tokens(self, tokens: Seq[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.memory.device)

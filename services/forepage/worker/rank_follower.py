@@ -21,7 +21,7 @@ from forepage.coldpool.arena import ArenaView
 from forepage.errors import DependencyError, ForepageError
 from forepage.model.rank_group import RankLostError
 from forepage.telemetry import open_logs
-from forepage.worker.arena_mapping import arena_tensor
+from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.assembly import ModelFolder, assemble_rank, device_of
 from forepage.worker.device import follow
 from forepage.worker.rank_link import Ranks
@@ -60,12 +60,13 @@ def _run(orders: RankOrders, may_follow: threading.Event, say: Callable[[str], N
     if device.type == "cuda":
         torch.cuda.set_device(device)
     folder = ModelFolder.read(orders.model)
-    arena = arena_tensor(_shared_arena(orders.arena_path, orders.arena_uuid), device)
+    arena = PinnedArena(_shared_arena(orders.arena_path, orders.arena_uuid), device)
     say(HERE)
     store = FileStore(str(orders.store_path), num_ranks)
     ranks = Ranks.connect(store, rank=orders.rank, num_ranks=num_ranks, device=device)
     assert ranks.commands is not None
-    local = assemble_rank(orders.worker, folder, device, arena, ranks=ranks.tensors)
+    local = assemble_rank(orders.worker, folder, device, arena.tensor, ranks=ranks.tensors)
+    arena.wait()
     say(READY)
     may_follow.wait()
     _log.info("following", rank=orders.rank, num_ranks=num_ranks, device=str(device))

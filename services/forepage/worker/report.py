@@ -29,6 +29,55 @@ class Mean:
         return self.total / self.count if self.count else None
 
 
+@dataclass(frozen=True)
+class StepView:
+    """What a decode step sees of a sequence on the device; `num_resident` counts blocks on their way too."""
+
+    budget: int
+    num_chosen: int
+    num_pinned: int
+    num_resident: int
+    rows_complete: bool
+    keys_complete: bool
+    footprint: float
+    c4_footprint: float
+    footprint_flash: float
+    blocks: frozenset[int]
+
+    @classmethod
+    def of(
+        cls,
+        resident: ResidentSet,
+        geometry: KvGeometry,
+        *,
+        staging_blocks: int,
+        in_flight: int,
+        budget: int,
+    ) -> "StepView":
+        """As it is now; `in_flight` counts blocks being loaded."""
+        total = resident.num_blocks
+        rows = resident.num_resident + staging_blocks + in_flight
+        keys = len(resident.key_id_by_block) + in_flight
+
+        def footprint(sizes: KvGeometry) -> float:
+            tokens = total * sizes.block_tokens
+            held = sizes.kv_bytes(num_tokens=tokens, row_blocks=rows, key_blocks=keys)
+            return held / sizes.kv_bytes(num_tokens=tokens, row_blocks=total, key_blocks=total)
+
+        return cls(
+            budget=budget,
+            num_chosen=len(resident.chosen),
+            num_pinned=resident.num_pinned,
+            num_resident=resident.num_resident + in_flight,
+            rows_complete=resident.rows_complete,
+            keys_complete=resident.keys_complete,
+            footprint=footprint(geometry),
+            c4_footprint=rows / total,
+            footprint_flash=footprint(V4_FLASH),
+            blocks=frozenset(resident.row_id_by_block),
+        )
+
+
 @dataclass
 class Report:
     """Running figures of one sequence; `message` turns them into the answer's report."""
@@ -67,40 +116,23 @@ class Report:
     seen_blocks: set[int] | None = None
     """Every block that was resident at a paged step; None: not asked for."""
 
-    def add_step(
-        self,
-        resident: ResidentSet,
-        geometry: KvGeometry,
-        *,
-        staging_blocks: int,
-        in_flight: int,
-        budget: int,
-    ) -> None:
-        """What one decode step had on the device; `in_flight` counts blocks being loaded for it."""
-        self.budget_max = max(self.budget_max, budget)
-        chosen = len(resident.chosen)
-        self.chosen_max = max(self.chosen_max, chosen)
-        self.pinned_max = max(self.pinned_max, resident.num_pinned)
-        self.resident_max = max(self.resident_max, resident.num_resident + in_flight)
-        if resident.keys_complete:
-            self.full_steps += resident.rows_complete
-            self.exact_steps += not resident.rows_complete
+    def add_step(self, view: StepView) -> None:
+        """What one decode step had on the device."""
+        self.budget_max = max(self.budget_max, view.budget)
+        self.chosen_max = max(self.chosen_max, view.num_chosen)
+        self.pinned_max = max(self.pinned_max, view.num_pinned)
+        self.resident_max = max(self.resident_max, view.num_resident)
+        if view.keys_complete:
+            self.full_steps += view.rows_complete
+            self.exact_steps += not view.rows_complete
         else:
             self.paged_steps += 1
-            self.chosen.add(chosen)
+            self.chosen.add(view.num_chosen)
             if self.seen_blocks is not None:
-                self.seen_blocks.update(resident.row_id_by_block)
-        tokens = resident.num_blocks * geometry.block_tokens
-        rows = resident.num_resident + staging_blocks + in_flight
-        keys = len(resident.key_id_by_block) + in_flight
-        total = resident.num_blocks
-        held = geometry.kv_bytes(num_tokens=tokens, row_blocks=rows, key_blocks=keys)
-        self.footprint.add(held / geometry.kv_bytes(num_tokens=tokens, row_blocks=total, key_blocks=total))
-        self.c4_footprint.add(rows / total)
-        flash_tokens = total * V4_FLASH.block_tokens
-        flash = V4_FLASH.kv_bytes(num_tokens=flash_tokens, row_blocks=rows, key_blocks=keys)
-        full = V4_FLASH.kv_bytes(num_tokens=flash_tokens, row_blocks=total, key_blocks=total)
-        self.footprint_flash.add(flash / full)
+                self.seen_blocks.update(view.blocks)
+        self.footprint.add(view.footprint)
+        self.c4_footprint.add(view.c4_footprint)
+        self.footprint_flash.add(view.footprint_flash)
 
     @property
     def decode_steps(self) -> int:

@@ -1,7 +1,8 @@
 """Carries out what was decided about a sequence's resident set: load in waves, then commit.
 
 Ids are allocated before a load starts and named by no table until it is done; blocks that leave are
-freed in the commit, which runs between two steps, after the last step that could read them has ended.
+freed in the commit, which runs between two steps. A step launched before may still read them: whoever
+writes a freed block next does it behind that step, on its stream or behind an event recorded after it.
 """
 
 import time
@@ -10,8 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from forepage.errors import DependencyError
 from forepage.kv.ids import BlockIdx
 from forepage.kv.prefetch_plan import LoadWave, fit_waves, plan_residency
+from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.commands import SKIP, BlockLoad
+from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
@@ -27,8 +30,9 @@ REPAIR_SHARE = 0.5
 class Residency:
     """Starts loads and commits them; the only place that changes a sequence's resident set."""
 
-    def __init__(self, parts: WorkerParts) -> None:
+    def __init__(self, parts: WorkerParts, full_by_room: FullByRoom) -> None:
         self._parts = parts
+        self._full_by_room = full_by_room
 
     def start_change(self, sequence: Sequence) -> None:
         """Turn the newest plan (and repairs) into waves and start the first."""
@@ -67,6 +71,12 @@ class Residency:
         self._parts.telemetry.count(MetricName.FALLBACKS, fallback="keep_newest")
         self.start_change(sequence)
 
+    def start_fill(self, sequence: Sequence) -> None:
+        """Load every absent block: back to `full`. The promise must have been made."""
+        resident = sequence.resident
+        absent = [BlockIdx(idx) for idx in range(resident.num_blocks) if idx not in resident.row_id_by_block]
+        self._start(sequence, LoadWave(tuple(absent), ()), (), resident.pinned_from)
+
     def start_exact(self, sequence: Sequence) -> None:
         """Load the keys of every absent block: the move to `exact`. The promise must have been made."""
         held = sequence.resident.key_id_by_block
@@ -103,15 +113,14 @@ class Residency:
         self._commit(sequence, pinned_from, {}, {}, rows, keys)
         try_change_promise(self._parts, sequence, held_quota(self._parts, sequence))
 
-    def finish_load(self, sequence: Sequence) -> None:
-        """The load's event has fired: check its records again, commit, start the next wave.
+    def check_load(self, sequence: Sequence) -> None:
+        """The load's event has fired: check its records again.
 
         Raises: DependencyError when a record changed under the load: no table ever names its blocks.
         """
         load = sequence.lookahead.load
         assert load is not None
         load.future.result()
-        done_ns = time.time_ns()
         lost = [idx for idx in load.wave.load if not self._still_there(sequence, idx)]
         if lost:
             self._parts.telemetry.count(MetricName.FALLBACKS, len(lost), fallback="lost_record")
@@ -120,6 +129,13 @@ class Residency:
                 None,
                 1.0,
             )
+
+    def finish_load(self, sequence: Sequence) -> None:
+        """Check the load, commit it, start the next wave. Raises: as `check_load`."""
+        load = sequence.lookahead.load
+        assert load is not None
+        done_ns = time.time_ns()
+        self.check_load(sequence)
         sequence.lookahead.load = None
         start_ns = time.time_ns()
         drops, held_keys = load.wave.drop, sequence.resident.key_id_by_block
@@ -127,6 +143,7 @@ class Residency:
         self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
         if sequence.keeps_keys and sequence.resident.keys_complete:
             self.enter_exact(sequence)
+        self._full_by_room.on_commit(sequence)
         shrink_promise(self._parts, sequence)
         self._trace(load, done_ns, start_ns)
         if load.rest:
@@ -142,10 +159,10 @@ class Residency:
         if load.question is not None:
             self._end_question(sequence, load.question, load.outcome)
         if load.is_repair and sequence.lookahead.repair_since is not None:
-            waited = sequence.num_processed - sequence.lookahead.repair_since
+            waited = sequence.num_launched - sequence.lookahead.repair_since
             sequence.report.tokens_before_escalation += waited
             sequence.lookahead.repair_since = None
-            sequence.lookahead.audits_from = sequence.num_processed
+            sequence.lookahead.audits_from = sequence.num_launched
 
     def _start_waves(
         self,
@@ -221,14 +238,19 @@ class Residency:
         drop_keys: Iterable[int],
     ) -> None:
         """Swap the set, make the tables say so, free what left: what attention sees changes here alone."""
+        row_drops, key_drops = tuple(drop_rows), tuple(drop_keys)
         freed = sequence.resident.commit(
             pinned_from=pinned_from,
             loaded_rows=rows,
             loaded_keys=keys,
-            drop_rows=drop_rows,
-            drop_keys=drop_keys,
+            drop_rows=row_drops,
+            drop_keys=key_drops,
         )
-        self._parts.device.set_residency(sequence.holds.slot, sequence.resident)
+        self._parts.device.edit_residency(
+            sequence.holds.slot,
+            dict.fromkeys(row_drops, NOT_RESIDENT) | rows,
+            dict.fromkeys(key_drops, NOT_RESIDENT) | keys,
+        )
         self._parts.blocks.rows.free(freed.row_ids)
         self._parts.blocks.keys.free(freed.key_ids)
 

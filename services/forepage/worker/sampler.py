@@ -8,10 +8,12 @@ tokens) and as CTRL defines repetition (over prompt and generated tokens).
 import hashlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from forepage_kernels.draw_sorted import draw_sorted
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Sampling:
         """Whether what was said before matters."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `pick_tokens` can pick: nothing of the past and no log-probabilities."""
+        return not self.has_penalty and self.num_logprobs is None
+
 
 @dataclass(frozen=True)
 class Row:
@@ -48,6 +55,11 @@ class Row:
     seen: frozenset[int] | set[int] = frozenset()
     mask: bytes | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `pick_tokens` can pick for it."""
+        return self.mask is None and self.sampling.is_plain
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -58,6 +70,54 @@ class Pick:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How R rows draw, and the number in [0, 1) each draws with: f64 [R] each, on the logits' device."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, columns: Tensor) -> "Draws":
+        """From f64 [R, 5], a row as `draw_columns` gives it."""
+        return cls(*columns.unbind(1))
+
+    def part(self, first: int, last: int) -> "Draws":
+        """Rows first..last-1."""
+        columns = (self.temperature, self.top_p, self.top_k, self.min_p, self.target)
+        return Draws(*(column[first:last] for column in columns))
+
+
+NUM_DRAW_COLUMNS = 5
+DRAW_ELEMENTS = 1 << 22
+"""Probabilities sorted at once: 32 MiB in f64, and half a dozen tensors of that size beside them."""
+
+
+def draw_columns(row: Row, vocab_size: int) -> tuple[float, float, float, float, float]:
+    """The row's place in `Draws`; a greedy row's temperature is 0."""
+    how = row.sampling
+    if how.temperature == 0:
+        return 0.0, 1.0, 0.0, 0.0, 0.0
+    top_k = float(how.top_k or vocab_size)
+    return how.temperature, how.top_p, top_k, how.min_p, uniform(how.seed, row.position)
+
+
+def pick_tokens(logits: Tensor, how: Draws | None) -> Tensor:
+    """Plain rows, on the device: f32 [B, V] -> i64 [B]; without `how` all are greedy.
+
+    The tokens of `sample`, bit for bit, without penalties, masks and log-probabilities.
+    """
+    greedy = logits.argmax(dim=-1)
+    if how is None:
+        return greedy
+    is_random = how.temperature > 0
+    temperature = torch.where(is_random, how.temperature, 1.0)
+    return torch.where(is_random, draw(logits, replace(how, temperature=temperature)), greedy)
+
+
 def sample(logits: Tensor, rows: Seq[Row]) -> list[Pick]:
     """Next token of each row. Shapes: logits f32 [B, V]; a row's result does not depend on the others."""
     shaped = _shaped(logits, rows)
@@ -66,7 +126,10 @@ def sample(logits: Tensor, rows: Seq[Row]) -> list[Pick]:
     if random_rows:
         chosen = [rows[index] for index in random_rows]
         index = torch.tensor(random_rows, device=logits.device)
-        picked[index] = _draw(shaped[index], chosen)
+        columns = torch.tensor(
+            [draw_columns(row, logits.shape[1]) for row in chosen], dtype=torch.float64, device=logits.device
+        )
+        picked[index] = draw(shaped[index], Draws.of(columns))
     tokens = [int(token) for token in picked.tolist()]
     return [
         _with_logprobs(logits[at], row.sampling, token)
@@ -113,27 +176,24 @@ def _penalise(logits: Tensor, row: Row) -> None:
         logits[tokens] -= how.presence_penalty + how.frequency_penalty * counts
 
 
-def _draw(logits: Tensor, rows: Seq[Row]) -> Tensor:
-    """Inverse of the cumulative distribution over tokens by falling probability. [R, V] -> [R]."""
+def draw(logits: Tensor, how: Draws) -> Tensor:
+    """Inverse of the cumulative distribution over tokens by falling probability. [R, V] -> i64 [R].
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+    A row's result is the same whatever rows stand beside it, on every launch. Nothing is read back.
+    """
+    rows_at_once = max(1, DRAW_ELEMENTS // logits.shape[1])
+    parts = [
+        _draw_tile(logits[first : first + rows_at_once], how.part(first, first + rows_at_once))
+        for first in range(0, logits.shape[0], rows_at_once)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    sampling = [row.sampling for row in rows]
-    scaled = logits.double() / column([how.temperature for how in sampling])
+
+def _draw_tile(logits: Tensor, how: Draws) -> Tensor:
+    scaled = logits.double() / how.temperature[:, None]
     probs, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # [R, V]
-    rank = torch.arange(probs.shape[-1], device=logits.device)[None, :]
-    vocab = probs.shape[-1]
-    keep = rank < column([float(how.top_k or vocab) for how in sampling])
-    keep &= (probs.cumsum(-1) - probs) < column([how.top_p for how in sampling])
-    keep &= probs >= column([how.min_p for how in sampling]) * probs[:, :1]
-    keep &= probs > 0  # what a mask forbids
-    keep[:, 0] = True
-    cumulative = (probs * keep).cumsum(-1)  # [R, V]
-    target = column([uniform(row.sampling.seed, row.position) for row in rows]) * cumulative[:, -1:]
-    index = (cumulative <= target).sum(-1, keepdim=True)  # first column above the target
-    last = keep.sum(-1, keepdim=True) - 1
-    return order.gather(-1, torch.minimum(index, last)).squeeze(-1)
+    column = draw_sorted(probs, top_k=how.top_k, top_p=how.top_p, min_p=how.min_p, target=how.target)
+    return order.gather(-1, column[:, None]).squeeze(-1)
 
 
 def _with_logprobs(logits: Tensor, how: Sampling, token: int) -> Pick:

@@ -29,6 +29,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
 from forepage.worker.arena_access import Grant
 from forepage.worker.constraint import Constraint
+from forepage.worker.host_copy import HostCopy
 from forepage.worker.lookahead_state import LookaheadState
 from forepage.worker.report import Report
 from forepage.worker.request import Request
@@ -57,6 +58,15 @@ class Phase(Enum):
     DECODE = auto()
     PAUSED = auto()
     DONE = auto()
+
+
+class Room(Enum):
+    """Whether a sequence that could page keeps everything because there is room (full_by_room.py)."""
+
+    PAGED = auto()
+    FILLING = auto()
+    KEPT = auto()
+    LEAVING = auto()
 
 
 @dataclass
@@ -102,7 +112,7 @@ class Snapshot:
     """Window and compressor state after `num_tokens` tokens, a multiple of 256 (model/resume.py)."""
 
     num_tokens: int
-    payload: Tensor
+    payload: HostCopy
 
 
 @dataclass
@@ -117,8 +127,13 @@ class Sequence:
     arrived_s: float = field(default_factory=time.monotonic)
     incarnation: int = field(default_factory=lambda: secrets.randbits(62))
     phase: Phase = Phase.WAITING
+    room: Room = Room.PAGED
     tokens: list[int] = field(default_factory=list)
     num_processed: int = 0
+    num_unread: int = 0
+    """Steps launched whose tokens were not read yet; `num_processed` does not count them."""
+    unread_taps: int = 0
+    """Those of them whose taps are wanted: the resident set changes only after they are read."""
     cached_tokens: int = 0
     clean: bool = True
     grant: Future[Grant] | None = None
@@ -172,6 +187,21 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.tokens) - len(self.request.prompt)
 
+    @property
+    def num_launched(self) -> int:
+        """Tokens processed, or being processed by steps that were launched."""
+        return self.num_processed + self.num_unread
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the steps launched give all that it may generate."""
+        return self.num_generated + self.num_unread >= self.request.max_tokens
+
+    @property
+    def is_sampled_on_host(self) -> bool:
+        """Whether its next token can't be picked before the host has read the last one."""
+        return self.constraint is not None or not self.request.sampling.is_plain
+
     def sampling_row(self, position: int) -> Row:
         """Its turn in the sampler; `position` is the one the new token will have."""
         mask = self.constraint.mask() if self.constraint is not None else None
@@ -203,6 +233,11 @@ class Sequence:
     def keeps_keys(self) -> bool:
         """Whether `exact` is granted: every key stays, absent rows are pulled."""
         return self.is_exact and not self.lookahead.want_exact
+
+    @property
+    def is_full_by_room(self) -> bool:
+        """Whether it is promised everything although it could page."""
+        return self.room in (Room.KEPT, Room.FILLING)
 
     @property
     def mode_now(self) -> ResidencyMode:

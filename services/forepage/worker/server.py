@@ -19,7 +19,7 @@ from forepage.rpc.edge import serving
 from forepage.settings import Settings
 from forepage.telemetry import open_logs, open_telemetry
 from forepage.worker.arena_access import ArenaAccess
-from forepage.worker.arena_mapping import arena_tensor, unregister
+from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.assembly import ModelFolder, assemble, device_of
 from forepage.worker.card import keep_card
 from forepage.worker.index_client import IndexClient
@@ -62,22 +62,20 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             on_down=lambda: loop.index_down(),
         )
         device = device_of(settings.model, num_ranks=settings.worker.tensor_parallel)
-        arena = arena_tensor(client.view, device)
-        stack.callback(unregister, arena, device)
+        arena = PinnedArena(client.view, device)
+        stack.callback(arena.close)
         access = ArenaAccess(client, asyncio.get_running_loop())
         ranks = await stack.enter_async_context(followers(settings, client.arena_path, client.view.uuid))
         build = partial(assemble, arena_port=access, index=index, telemetry=telemetry)
         joined = await ranks.meet(device)
-        parts = await asyncio.to_thread(build, settings, folder, device, arena, ranks=joined)
+        parts = await asyncio.to_thread(build, settings, folder, device, arena.tensor, ranks=joined)
         stack.callback(parts.device.close)
         await ranks.begin()
-        loop = Loop(parts, arena)
+        loop = Loop(parts, arena.tensor)
         identity = folder.card(settings.worker)
-        servicer = DecodeWorker(loop, parts, identity, folder.grammar(), eos=folder.eos)
-        loop.start()
-        watches = (index.run(), client.watch(), ranks.watch(loop.give_up))
-        async with _beside(*watches, keep_card(settings, identity)):
-            await _serve(settings, stop, loop, servicer, identity)
+        servicer = DecodeWorker(loop, parts, identity, folder.grammar(), arena, eos=folder.eos)
+        async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):
+            await _serve(settings, stop, loop, servicer, arena, identity)
         if loop.broken is not None:
             raise loop.broken
         if not loop.is_running:
@@ -86,23 +84,42 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def _serve(
-    settings: Settings, stop: asyncio.Event, loop: Loop, servicer: DecodeWorker, identity: WorkerFrame
+    settings: Settings,
+    stop: asyncio.Event,
+    loop: Loop,
+    servicer: DecodeWorker,
+    arena: PinnedArena,
+    identity: WorkerFrame,
 ) -> None:
+    """From here on the worker answers; it is ready, and found by gateways, once its arena is page-locked."""
     drain_s = settings.worker.drain_timeout_s
     async with serving(
         settings.worker.listen,
         lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server),
         drain_s=drain_s,
+        ready=False,
     ) as (port, health):
+        while not stop.is_set() and not arena.is_done:
+            await _pause(stop)
+        if not arena.is_done:
+            return
+        arena.wait()
+        loop.start()
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
         _log.info("worker ready", port=port, worker=identity.worker_id, model=identity.model_name)
-        while not stop.is_set() and loop.broken is None:
+        async with _beside(keep_card(settings, identity)):
+            while not stop.is_set() and loop.broken is None:
+                await _pause(stop)
+            servicer.draining = True
+            await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), POLL_S)
-        servicer.draining = True
-        await health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(servicer.drained(), drain_s)
-        await asyncio.to_thread(loop.stop, drain_s)
+                await asyncio.wait_for(servicer.drained(), drain_s)
+            await asyncio.to_thread(loop.stop, drain_s)
+
+
+async def _pause(stop: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), POLL_S)
 
 
 @asynccontextmanager

@@ -1,7 +1,6 @@
 """The worker's gRPC edge: requests in, events out; everything in between is the loop's."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -15,8 +14,10 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import abort, metadata_of
 from forepage.telemetry import SpanName, incoming_context
+from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.loop import Loop
+from forepage.worker.outbox import Events, Outbox, joined
 from forepage.worker.parts import WorkerParts
 from forepage.worker.request import PROTO_OF_MODE, Request
 from forepage.worker.sequence import Sequence
@@ -28,13 +29,22 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
     """Requests in, events out; everything in between is the loop's."""
 
     def __init__(
-        self, loop: Loop, parts: WorkerParts, identity: WorkerFrame, grammar: GrammarTokenizer, *, eos: int
+        self,
+        loop: Loop,
+        parts: WorkerParts,
+        identity: WorkerFrame,
+        grammar: GrammarTokenizer,
+        arena: PinnedArena,
+        *,
+        eos: int,
     ) -> None:
         self._loop = loop
+        self._arena = arena
         self._parts = parts
         self._identity = identity
         self._grammar = grammar
         self._eos = eos
+        self._outbox = Outbox(asyncio.get_running_loop())
         self.draining = False
 
     async def Generate(  # noqa: N802
@@ -44,22 +54,29 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         try:
             if self.draining or self._loop.broken is not None:
                 raise DependencyError("this worker takes no more requests", None, 1.0)
+            if not self._arena.is_ready:
+                raise DependencyError(
+                    f"this worker is not ready: {self._arena.pinned_bytes >> 20} of "
+                    f"{self._arena.num_bytes >> 20} MiB of its arena are page-locked",
+                    None,
+                    5.0,
+                )
             asked = Request.parse(
                 request, self._parts.settings, vocab_size=self._parts.device.spec.vocab_size, eos=self._eos
             )
             constraint = await asyncio.to_thread(self._grammar.constraint_of, asked)
         except ForepageError as error:
             await abort(context, error)
-        events: asyncio.Queue[pb.GenerateEvent] = asyncio.Queue()
+        events: Events = asyncio.Queue()
         sequence = self._sequence(asked, events, metadata_of(context))
         sequence.constraint = constraint
         self._loop.submit(sequence)
         try:
             while True:
-                event = await events.get()
-                yield event
-                if event.WhichOneof("event") in ("finished", "failed"):
-                    return
+                for event in joined(await events.get(), events):
+                    yield event
+                    if event.WhichOneof("event") in ("finished", "failed"):
+                        return
         finally:
             self._loop.cancel(sequence)
 
@@ -94,10 +111,8 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         while self._loop.num_sequences and self._loop.broken is None:  # noqa: ASYNC110
             await asyncio.sleep(IDLE_POLL_S)
 
-    def _sequence(
-        self, asked: Request, events: asyncio.Queue[pb.GenerateEvent], metadata: Mapping[str, str]
-    ) -> Sequence:
-        loop = asyncio.get_running_loop()
+    def _sequence(self, asked: Request, events: Events, metadata: Mapping[str, str]) -> Sequence:
+        outbox = self._outbox
         span = self._parts.telemetry.start_span(
             SpanName.WORKER_GENERATE,
             incoming_context(metadata),
@@ -109,8 +124,7 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         )
 
         def emit(event: pb.GenerateEvent) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+            outbox.put(events, event)
 
         hasher = PrefixHasher(
             self._identity.model_fingerprint, self._parts.geometry.block_tokens, asked.cache_salt

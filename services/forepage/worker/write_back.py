@@ -13,7 +13,6 @@ from forepage.coldpool.client import PublishedRecord, RecordKind, SlotRef
 from forepage.errors import ForepageError
 from forepage.telemetry import MetricName
 from forepage.worker.copy_engine import BlockStore
-from forepage.worker.kv_memory import NO_ARENA
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Phase, Sequence, Snapshot
 
@@ -76,8 +75,11 @@ class WriteBack:
     def take_snapshot(self, sequence: Sequence) -> None:
         """Keep window and compressor state of this point (a multiple of 256 tokens) for a resume record."""
         if sequence.clean:
-            payload = self._parts.device.snapshot(sequence.holds.slot, sequence.num_processed)
-            sequence.snapshot = Snapshot(sequence.num_processed, payload)
+            sequence.snapshot = self.snapshot_at(sequence, sequence.num_processed)
+
+    def snapshot_at(self, sequence: Sequence, num_tokens: int) -> Snapshot:
+        """The state that the last step launched leaves, before another one changes it."""
+        return Snapshot(num_tokens, self._parts.device.snapshot(sequence.holds.slot, num_tokens))
 
     def store_resume(self, sequence: Sequence) -> None:
         """Write the kept snapshot as a resume record; its blocks are on their way or there."""
@@ -86,7 +88,7 @@ class WriteBack:
         sequence.snapshot = None
         if kept is None or len(arena.empty) < num_parts:
             return
-        pieces = kept.payload.split(geometry.slot_bytes)
+        pieces = kept.payload.read().split(geometry.slot_bytes)
         keys = sequence.resume_part_keys(kept.num_tokens // geometry.block_tokens, num_parts, geometry)
         refs = [arena.empty.pop() for _ in pieces]
         records = [
@@ -154,11 +156,8 @@ class WriteBack:
             return
         arena.ref_by_block.update(zip(block_idx, refs, strict=True))
         if sequence.device is not None:
-            offsets = [
-                self._parts.arena.offset(arena.ref_by_block[idx]) if idx in arena.ref_by_block else NO_ARENA
-                for idx in range(max(arena.ref_by_block) + 1)
-            ]
-            self._parts.device.set_arena_offsets(sequence.device.slot, offsets)
+            offsets = {idx: self._parts.arena.offset(ref) for idx, ref in zip(block_idx, refs, strict=True)}
+            self._parts.device.edit_arena_offsets(sequence.device.slot, offsets)
 
     def _abandon(self, transfer: _Transfer) -> bool:
         """The sequence is gone and the manager too: its slots go back when the leases are announced."""
