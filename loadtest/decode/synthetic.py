@@ -12,7 +12,7 @@ from forepage.kv.resident_set import NOT_RESIDENT
 from forepage.model.spec import ModelSpec, read_config
 from forepage.model.transformer import Transformer
 from forepage.model.weight_table import Role, fixed_dtype, weight_table
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.telemetry import Telemetry
 from forepage.worker.commands import Table
 from forepage.worker.copy_engine import CopyEngine
@@ -57,7 +57,7 @@ class SyntheticModel:
 
 def bundled_config() -> dict[str, object]:
     """The model that is shipped."""
-    return read_config(BUNDLED_MODEL)
+    return read_config(SEEDED_MODEL)
 
 
 def flash_config(*, num_layers: int, num_experts: int) -> dict[str, object]:

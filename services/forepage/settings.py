@@ -15,7 +15,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSetting
 
 ENV_PREFIX = "FOREPAGE_"
-BUNDLED_MODEL = Path(__file__).parent / "model" / "bundled" / "seeded"
+_BUNDLED = Path(__file__).parent / "model" / "bundled"
+TINY_MODEL = _BUNDLED / "tiny"
+"""What is served where no model is named: small, and trained to find things in long texts."""
+SEEDED_MODEL = _BUNDLED / "seeded"
+"""Smaller, with random weights made from a seed: for tests."""
 
 
 class ResidencyMode(StrEnum):
@@ -79,7 +83,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 class ModelSettings(_Section):
     """Which model, and how its KV is stored."""
 
-    path: Path = Field(BUNDLED_MODEL, description="folder with config.json and tokenizer.json")
+    path: Path = Field(TINY_MODEL, description="folder with config.json and tokenizer.json")
     kv_format: str = Field(
         "fp8", pattern="^(fp8|fp32)$", description="KV rows and keys: fp8, or fp32 (tests)"
     )

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from forepage.settings import BUNDLED_MODEL, ENV_PREFIX, Settings, setting_names
+from forepage.settings import ENV_PREFIX, TINY_MODEL, Settings, setting_names
 
-SHOWN_BUNDLED_MODEL = "the bundled `seeded` model"
+SHOWN_BUNDLED_MODEL = "the bundled `tiny` model"
 _HEAD = """\
 # Settings
 
@@ -65,6 +65,6 @@ def _text(value: object) -> str:
 
 def _shown(default: str) -> str:
     """A default for the docs: no path of the machine that wrote them."""
-    if default == str(BUNDLED_MODEL):
+    if default == str(TINY_MODEL):
         return SHOWN_BUNDLED_MODEL
     return {"None": "none", "()": "`[]`"}.get(default, f"`{default}`")

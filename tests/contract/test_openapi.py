@@ -14,7 +14,7 @@ from forepage.gateway.admission import Admission
 from forepage.gateway.app import create_app
 from forepage.gateway.routes import OPERATIONS
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory
-from forepage.settings import BUNDLED_MODEL, GatewaySettings
+from forepage.settings import SEEDED_MODEL, GatewaySettings
 from forepage.telemetry import open_telemetry
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
@@ -26,8 +26,8 @@ def make_app() -> fastapi.FastAPI:
     telemetry = open_telemetry("gateway", instance_id="contract")
     app = create_app(
         GatewaySettings(),
-        tokenizer=Tokenizer.load(BUNDLED_MODEL),
-        wording=Wording.load(BUNDLED_MODEL),
+        tokenizer=Tokenizer.load(SEEDED_MODEL),
+        wording=Wording.load(SEEDED_MODEL),
         directory=WorkerDirectory(FixedWorkers(()), telemetry),
         admission=Admission(1),
         telemetry=telemetry,

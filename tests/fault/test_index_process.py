@@ -19,7 +19,7 @@ from forepage.frames import PlanFrame
 from forepage.index.publisher import QUEUE_PLANS, PlanPublisher, open_redis
 from forepage.index.server import run
 from forepage.rpc.edge import is_serving
-from forepage.settings import BUNDLED_MODEL, ColdpoolSettings, IndexSettings, ModelSettings, Settings
+from forepage.settings import SEEDED_MODEL, ColdpoolSettings, IndexSettings, ModelSettings, Settings
 from forepage.telemetry import Attr, MetricName, Telemetry, open_telemetry
 from rigs.index_stream import WAIT_S, asking, metric_points, question
 from rigs.key_arena import KeyArena
@@ -63,7 +63,7 @@ def telemetry(metrics: InMemoryMetricReader) -> Iterator[Telemetry]:
     opened.close()
 
 
-def settings_of(shm_dir: Path, redis_port: int | None = None, model: Path = BUNDLED_MODEL) -> Settings:
+def settings_of(shm_dir: Path, redis_port: int | None = None, model: Path = SEEDED_MODEL) -> Settings:
     return Settings(
         instance="test",
         redis_url=SecretStr(f"redis://127.0.0.1:{redis_port}") if redis_port else None,
@@ -184,7 +184,7 @@ async def test_stream_of_plans_is_bounded(telemetry: Telemetry, valkey: ValkeySe
 
 
 async def test_run_without_a_memory_indexer_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((BUNDLED_MODEL / "config.json").read_bytes())
+    (tmp_path / "config.json").write_bytes((SEEDED_MODEL / "config.json").read_bytes())
     with pytest.raises(ModelFormatError, match=r"memory_indexer\.json"):
         await run(settings_of(tmp_path, model=tmp_path), asyncio.Event())
 

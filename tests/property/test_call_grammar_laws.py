@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import BUNDLED_MODEL, WorkerSettings
+from forepage.settings import SEEDED_MODEL, WorkerSettings
 from forepage.text.answer_parser import AnswerParser, ArgumentsDelta, CallDelta
 from forepage.text.control_tokens import ControlToken
 from forepage.text.messages import ThinkingMode
@@ -17,8 +17,8 @@ from forepage.worker.constraint import Constraint, GrammarTokenizer
 from forepage.worker.request import Request
 
 VOCAB, EOS = 320, 257
-GRAMMAR = GrammarTokenizer(BUNDLED_MODEL, vocab_size=VOCAB, eos=EOS)
-TOKENIZER = Tokenizer.load(BUNDLED_MODEL)
+GRAMMAR = GrammarTokenizer(SEEDED_MODEL, vocab_size=VOCAB, eos=EOS)
+TOKENIZER = Tokenizer.load(SEEDED_MODEL)
 DSML = TOKENIZER.token_id(ControlToken.DSML)
 CLOSING = b'<"}]'
 """Picked more often than others, so that texts and lists come to an end."""

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.control_tokens import ControlToken
 from forepage.text.detokenizer import Detokenizer
 from forepage.text.dsml import BEFORE_CALLS, call_parts
@@ -14,7 +14,7 @@ from forepage.text.tokenizer import Tokenizer
 from rigs.answers import Gathered, parsed
 
 # ruff: noqa: RUF001
-TOKENIZER = Tokenizer.load(BUNDLED_MODEL)
+TOKENIZER = Tokenizer.load(SEEDED_MODEL)
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="｜"), max_size=12)
 WORDS = st.sampled_from("ABCE")  # in no markup
 MARKUP = st.sampled_from(

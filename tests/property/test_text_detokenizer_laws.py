@@ -5,12 +5,12 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.control_tokens import ControlToken
 from forepage.text.detokenizer import Detokenizer, StopMatcher
 from forepage.text.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.load(BUNDLED_MODEL)
+TOKENIZER = Tokenizer.load(SEEDED_MODEL)
 ENCODABLE = st.text(st.characters(exclude_categories=["Cs"]))
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=4)
 

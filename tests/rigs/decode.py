@@ -18,7 +18,7 @@ from forepage.model.kv_pools import NAN_BYTE
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
-from forepage.settings import BUNDLED_MODEL, ModelSettings, WeightDtype
+from forepage.settings import SEEDED_MODEL, ModelSettings, WeightDtype
 from forepage.telemetry import open_telemetry
 from forepage.worker.assembly import ModelFolder
 from forepage.worker.commands import BlockLoad, PrefillStep, Table
@@ -58,7 +58,7 @@ class DecodeRig:
         num_sequences: int,
         blocks_each: int,
         max_graphs: int,
-        path: Path = BUNDLED_MODEL,
+        path: Path = SEEDED_MODEL,
         dtype: WeightDtype = WeightDtype.FP32,
     ) -> None:
         self.device = device

@@ -10,7 +10,7 @@ import tokenizers
 
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.worker_pb2_grpc import DecodeWorkerServicer, add_DecodeWorkerServicer_to_server
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.tokenizer import TOKENIZER_FILE
 
 MODEL = "forepage-test"
@@ -34,7 +34,7 @@ def tokens(ids: bytes | list[int]) -> pb.GenerateEvent:
 
 def answer_ids(text: str) -> list[int]:
     """Ids of an answer in which control tokens are spelled."""
-    encoder = tokenizers.Tokenizer.from_file(str(BUNDLED_MODEL / TOKENIZER_FILE))
+    encoder = tokenizers.Tokenizer.from_file(str(SEEDED_MODEL / TOKENIZER_FILE))
     ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
     return ids
 

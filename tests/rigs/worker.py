@@ -26,7 +26,7 @@ from forepage.model.rank_group import RankGroup
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import (
-    BUNDLED_MODEL,
+    SEEDED_MODEL,
     ModelSettings,
     ResidencyMode,
     Settings,
@@ -303,7 +303,7 @@ def worker_rig(
     num_ranks: int = 1,
     padded: bool = False,
     device_name: str = "cpu",
-    model_path: Path = BUNDLED_MODEL,
+    model_path: Path = SEEDED_MODEL,
     arena_slots: int = 200,
     **changes: Any,
 ) -> Iterator[WorkerRig]:

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from forepage.gateway.admission import Admission
 from forepage.gateway.app import create_app, run
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory
-from forepage.settings import BUNDLED_MODEL, GatewaySettings, Settings
+from forepage.settings import SEEDED_MODEL, GatewaySettings, Settings
 from forepage.telemetry import open_telemetry
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
@@ -42,7 +42,7 @@ async def open_gateway() -> AsyncIterator[OpenGateway]:
     """Open an app over workers; settings by name, `folder` for another tokenizer."""
     async with AsyncExitStack() as stack:
 
-        async def open_it(*workers: FakeWorker, folder: Path = BUNDLED_MODEL, **fields: Any) -> OpenedGateway:
+        async def open_it(*workers: FakeWorker, folder: Path = SEEDED_MODEL, **fields: Any) -> OpenedGateway:
             settings = GatewaySettings(worker_addresses=tuple(w.address for w in workers), **fields)
             exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
             telemetry = open_telemetry(

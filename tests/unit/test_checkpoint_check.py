@@ -16,7 +16,7 @@ from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec
 from forepage.model.stored_form import StoredTensor, announced_tensors
 from forepage.model.tensor_parallel import can_split
-from forepage.settings import BUNDLED_MODEL, ResidencyMode, WeightDtype, WorkerSettings
+from forepage.settings import SEEDED_MODEL, ResidencyMode, WeightDtype, WorkerSettings
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import prefill_quota, steady_quota
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
@@ -244,7 +244,7 @@ def test_check_says_when_the_weights_fit_no_gpu(tmp_path: Path) -> None:
 
 
 def test_check_of_the_bundled_model_works() -> None:
-    code, lines = check(str(BUNDLED_MODEL))
+    code, lines = check(str(SEEDED_MODEL))
     assert code == 0
     assert row(lines, "loaded")[0] == "275"
     assert "tokenizer.json: 320 tokens" in lines

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.control_tokens import ControlToken
 from forepage.text.tokenizer import TOKENIZER_FILE
 from forepage.text.wording import Wording
@@ -39,7 +39,7 @@ def shown(request: pb.GenerateRequest) -> str:
     return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode()
 
 
-TOKENIZER_TEXT = (BUNDLED_MODEL / TOKENIZER_FILE).read_text(encoding="utf-8")
+TOKENIZER_TEXT = (SEEDED_MODEL / TOKENIZER_FILE).read_text(encoding="utf-8")
 
 
 async def test_answer_is_reasoning_content_and_calls(
@@ -117,7 +117,7 @@ async def test_prompt_shows_tools_calls_and_results(
     ]
     body = chat(messages=messages, tools=[TOOL], tool_choice="auto", reasoning_effort="low")
     assert (await gateway.client.post(PATH, json=body)).status_code == 200
-    block = Wording.load(BUNDLED_MODEL).tools.replace("{tool_schemas}", json.dumps(TOOL["function"]))
+    block = Wording.load(SEEDED_MODEL).tools.replace("{tool_schemas}", json.dumps(TOOL["function"]))
     assert shown(worker.requests[0]) == (
         f"{ControlToken.BOS}S\n\n{block}<｜latest_reminder｜>today<｜User｜>Q<｜Assistant｜><think>hm</think>\n\n"
         '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
@@ -234,7 +234,7 @@ async def test_worker_is_told_which_calls_must_come(
     assert asked.max_calls == max_calls
     assert asked.HasField("json_schema") == (fields.get("response_format") == {"type": "json_object"})
     assert asked.HasField("free_until_token_id") == bool(names or asked.HasField("json_schema"))
-    tools_shown = Wording.load(BUNDLED_MODEL).tools.split("\n")[0] in shown(worker.requests[0])
+    tools_shown = Wording.load(SEEDED_MODEL).tools.split("\n")[0] in shown(worker.requests[0])
     assert tools_shown == (fields.get("tool_choice") != "none")
     assert (choice["finish_reason"] == "tool_calls") == tools_shown
 

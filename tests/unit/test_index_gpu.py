@@ -13,7 +13,7 @@ from forepage.coldpool.records import SlotRef
 from forepage.index.key_store import KeyStore
 from forepage.index.scorer import BlockScores, Scorer
 from forepage.model.memory_indexer import MemoryIndexer
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from rigs.key_arena import SPEC, KeyArena
 
 pytestmark = [
@@ -33,7 +33,7 @@ def folder() -> Iterator[Path]:
 def score(made: KeyArena, refs: list[SlotRef], device: str, position: int) -> BlockScores:
     where = torch.device(device)
     keys = KeyStore(made.arena.path, made.geometry, where).current()
-    indexer = MemoryIndexer.load(BUNDLED_MODEL, SPEC, made.geometry.format, where)
+    indexer = MemoryIndexer.load(SEEDED_MODEL, SPEC, made.geometry.format, where)
     return Scorer(indexer, made.geometry, where).score_blocks(
         keys, refs, hidden=HIDDEN, position=position, threshold=0.0, check=lambda: None
     )

@@ -18,7 +18,7 @@ from forepage.index.scorer import BlockScores, Scorer
 from forepage.kv.geometry import BLOCK_ENTRIES, KvFormat
 from forepage.model.memory_indexer import MemoryIndexer
 from forepage.rpc import index_pb2 as pb
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from rigs.key_arena import F64, SPEC, KeyArena, indexer_logits
 
 HIDDEN = torch.randn(3, SPEC.hidden_size, generator=torch.Generator().manual_seed(4))
@@ -40,7 +40,7 @@ def scorer(made: KeyArena) -> Scorer:
 
 
 def load_indexer(made: KeyArena) -> MemoryIndexer:
-    return MemoryIndexer.load(BUNDLED_MODEL, SPEC, made.geometry.format, CPU)
+    return MemoryIndexer.load(SEEDED_MODEL, SPEC, made.geometry.format, CPU)
 
 
 def dense_scores(made: KeyArena, slots: list[int]) -> F64:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from forepage.errors import RequestError
 from forepage.model.spec import ModelSpec
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.training.cli import app
 from forepage.training.indexer.commands import TINY
 from forepage.training.indexer.config import Granularity, IndexerTrainingConfig, LabelRule
@@ -50,7 +50,7 @@ def invoke(*arguments: str | Path) -> str:
 def test_commands_train_from_a_synthetic_dump_to_what_is_served(tmp_path: Path) -> None:
     config = toml_file(tmp_path, **QUICK)
     where = ("--out", tmp_path, "--config", config)
-    invoke("synthetic-dump", *where, "--model", BUNDLED_MODEL)
+    invoke("synthetic-dump", *where, "--model", SEEDED_MODEL)
     assert "stopped" in invoke("indexer", *where, "--device", "cpu", "--minutes", "0")
     assert "done" in invoke("indexer", *where, "--device", "cpu")
     assert "2,048" in invoke("calibrate", *where, "--device", "cpu")
@@ -69,7 +69,7 @@ def test_lookahead_does_all_of_it_from_a_models_folder(tmp_path: Path) -> None:
     dump = {"lengths": [1536], "texts": [2], "validation_share": 0.5, "rows": 60}
     config = toml_file(tmp_path, dump=dump, fit=QUICK["fit"])
     out = invoke(
-        "lookahead", "--model", BUNDLED_MODEL, "--out", tmp_path, "--config", config, "--device", "cpu"
+        "lookahead", "--model", SEEDED_MODEL, "--out", tmp_path, "--config", config, "--device", "cpu"
     )
     assert "1,536" in out
     rows = json.loads((tmp_path / "training.json").read_text())["rows"]
@@ -78,7 +78,7 @@ def test_lookahead_does_all_of_it_from_a_models_folder(tmp_path: Path) -> None:
 
 def test_texts_too_short_to_plan_for_are_refused(tmp_path: Path) -> None:
     config = toml_file(tmp_path, dump={"lengths": [1024], "texts": [4], "rows": 480}, fit=QUICK["fit"])
-    invoke("synthetic-dump", "--out", tmp_path, "--config", config, "--model", BUNDLED_MODEL)
+    invoke("synthetic-dump", "--out", tmp_path, "--config", config, "--model", SEEDED_MODEL)
     short = config.read_text().replace("recent_tokens = 512", "recent_tokens = 766")
     config.write_text(short)
     result = CliRunner().invoke(app, ["indexer", "--out", str(tmp_path), "--config", str(config)])

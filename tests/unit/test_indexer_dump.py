@@ -12,7 +12,7 @@ from forepage.kv.geometry import C4_RATIO
 from forepage.model.memory_indexer import IndexerConfig, seeded_tensors
 from forepage.model.spec import ModelSpec
 from forepage.model.weights import load_or_seed
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.training.indexer.config import Start
 from forepage.training.indexer.dump import DumpOrder, DumpTotals, dump, dump_part
 from forepage.training.indexer.encoder import DualEncoder, decoded_keys
@@ -34,7 +34,7 @@ SPEC = ModelSpec.from_config(MODEL_CONFIG)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dump of the bundled model, made in three calls: no time, the second text, then what is missing."""
     out: Path = tmp_path_factory.mktemp("dump")
-    order = DumpOrder(BUNDLED_MODEL, CONFIG, out, CPU)
+    order = DumpOrder(SEEDED_MODEL, CONFIG, out, CPU)
     assert dump(replace(order, minutes=0.0)) == (DumpTotals(), False)
     dump_part(order, [1], float("inf"))
     before = (out / "shard-00001.safetensors").stat().st_mtime_ns
@@ -54,11 +54,11 @@ def test_dump_has_every_text_of_the_config_in_order(folder: Path) -> None:
 
 
 def test_a_complete_dump_is_not_made_again(folder: Path) -> None:
-    assert dump(DumpOrder(BUNDLED_MODEL, CONFIG, folder, CPU)) == (DumpTotals(), True)
+    assert dump(DumpOrder(SEEDED_MODEL, CONFIG, folder, CPU)) == (DumpTotals(), True)
 
 
 def test_several_processes_write_the_same_dump(folder: Path, tmp_path: Path) -> None:
-    totals, done = dump(DumpOrder(BUNDLED_MODEL, CONFIG, tmp_path, CPU, processes=2))
+    totals, done = dump(DumpOrder(SEEDED_MODEL, CONFIG, tmp_path, CPU, processes=2))
     assert (totals.texts, done) == (3, True)
     for mine, other in zip(features_in(folder), features_in(tmp_path), strict=True):
         assert mine.text == other.text
@@ -80,7 +80,7 @@ def native_encoder(folder: Path) -> DualEncoder:
     """An indexer of twice the heads and rank with the bundled model's own weights."""
     header = read_header(folder)
     fit = replace(CONFIG.fit, heads=2 * SPEC.index_heads, rank=2 * SPEC.q_lora_rank)
-    weights = load_or_seed(BUNDLED_MODEL, SPEC, dtype=torch.float32, device=CPU)
+    weights = load_or_seed(SEEDED_MODEL, SPEC, dtype=torch.float32, device=CPU)
     drawn = seeded_tensors(SPEC, IndexerConfig((0, 1, 2), 0.5, heads=fit.heads, rank=fit.rank, seed=3))
     tensors = {}
     for layer in header.target_layers:
@@ -156,6 +156,6 @@ def test_native_start_needs_a_model_that_fits() -> None:
     with pytest.raises(RequestError, match="model"):
         first_tensors(SPEC, native, (0,), None)
     with pytest.raises(RequestError, match="multiple of 64"):
-        first_tensors(SPEC, replace(native, rank=96), (0,), BUNDLED_MODEL)
+        first_tensors(SPEC, replace(native, rank=96), (0,), SEEDED_MODEL)
     with pytest.raises(ModelFormatError, match=r"layers\.2\.attn\.wq_a\.weight is missing"):
-        first_tensors(SPEC, native, (0,), BUNDLED_MODEL)  # a seed makes its weights: there is no file
+        first_tensors(SPEC, native, (0,), SEEDED_MODEL)  # a seed makes its weights: there is no file

@@ -22,10 +22,10 @@ from forepage.model.memory_indexer import (
     seeded_tensors,
 )
 from forepage.model.spec import ModelSpec, read_config
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 
 CPU = torch.device("cpu")
-BUNDLED = read_config(BUNDLED_MODEL)
+BUNDLED = read_config(SEEDED_MODEL)
 FLASH = ModelSpec.from_config(
     {**BUNDLED, "num_hidden_layers": 43, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0]}
 )
@@ -105,7 +105,7 @@ def test_narrow_and_strided_tensors_become_plain_fp32(tmp_path: Path) -> None:
 
 
 def test_released_layers_are_those_of_the_published_model(released: Path) -> None:
-    config = read_indexer_config(BUNDLED_MODEL, FLASH, released)
+    config = read_indexer_config(SEEDED_MODEL, FLASH, released)
     assert config == IndexerConfig(RELEASED_LAYERS, RELEASED_THRESHOLD, heads=None, rank=None, seed=None)
     assert [FLASH.c4_layers[idx] for idx in config.target_layers] == [22, 26, 42]
 
@@ -115,7 +115,7 @@ def test_named_file_gives_the_queries_of_its_tensors(tmp_path: Path, released: P
     file = tmp_path / name
     if file != released:
         write_tensors(file, TENSORS)
-    loaded = MemoryIndexer.load(BUNDLED_MODEL, FLASH, KvFormat.FP8, CPU, file)
+    loaded = MemoryIndexer.load(SEEDED_MODEL, FLASH, KvFormat.FP8, CPU, file)
     direct = MemoryIndexer(FLASH, CONFIG, read_tensors(released, CPU), kv_format=KvFormat.FP8)
     assert (loaded.target_layers, loaded.heads, loaded.threshold) == (RELEASED_LAYERS, 8, RELEASED_THRESHOLD)
     hidden = torch.randn(3, FLASH.hidden_size, generator=torch.Generator().manual_seed(2))
@@ -126,23 +126,23 @@ def test_named_file_gives_the_queries_of_its_tensors(tmp_path: Path, released: P
 def test_config_beside_a_named_file_counts(tmp_path: Path, released: Path) -> None:
     config = tmp_path / "memory_indexer.json"
     config.write_text('{"target_layers": [10, 12, 20], "threshold": 0.25}')
-    assert MemoryIndexer.load(BUNDLED_MODEL, FLASH, KvFormat.FP8, CPU, released).threshold == 0.25
+    assert MemoryIndexer.load(SEEDED_MODEL, FLASH, KvFormat.FP8, CPU, released).threshold == 0.25
     config.write_text('{"target_layers": [10, 12], "threshold": 0.25}')
     with pytest.raises(ModelFormatError, match=r"unexpected tensor retrievers\.l20\."):
-        MemoryIndexer.load(BUNDLED_MODEL, FLASH, KvFormat.FP8, CPU, released)
+        MemoryIndexer.load(SEEDED_MODEL, FLASH, KvFormat.FP8, CPU, released)
 
 
 def test_named_file_that_is_absent_is_no_seeded_indexer(tmp_path: Path) -> None:
-    (tmp_path / "memory_indexer.json").write_text((BUNDLED_MODEL / "memory_indexer.json").read_text())
+    (tmp_path / "memory_indexer.json").write_text((SEEDED_MODEL / "memory_indexer.json").read_text())
     spec = ModelSpec.from_config(BUNDLED)
     for name in ("joint.pt", "joint.safetensors"):
         with pytest.raises(ModelFormatError, match=f"{name}: can't read"):
-            MemoryIndexer.load(BUNDLED_MODEL, spec, KvFormat.FP8, CPU, tmp_path / name)
+            MemoryIndexer.load(SEEDED_MODEL, spec, KvFormat.FP8, CPU, tmp_path / name)
 
 
 def test_model_without_those_layers_is_refused(released: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"c4 indices 0\.\.2, ascending, got \[10, 12, 20\]"):
-        MemoryIndexer.load(BUNDLED_MODEL, ModelSpec.from_config(BUNDLED), KvFormat.FP8, CPU, released)
+        MemoryIndexer.load(SEEDED_MODEL, ModelSpec.from_config(BUNDLED), KvFormat.FP8, CPU, released)
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

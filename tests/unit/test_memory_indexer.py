@@ -18,12 +18,12 @@ from forepage.model.memory_indexer import (
     seeded_tensors,
 )
 from forepage.model.spec import ModelSpec, read_config
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 
 F32 = npt.NDArray[np.float32]
 CPU = torch.device("cpu")
-SPEC = ModelSpec.from_config(read_config(BUNDLED_MODEL))
-CONFIG = read_indexer_config(BUNDLED_MODEL, SPEC)
+SPEC = ModelSpec.from_config(read_config(SEEDED_MODEL))
+CONFIG = read_indexer_config(SEEDED_MODEL, SPEC)
 TENSORS = seeded_tensors(SPEC, CONFIG)
 CALIBRATION = {"budget_blocks": 64, "interval_steps": 64, "recent_tokens": 2048, "evidence_recall": 0.97}
 
@@ -80,7 +80,7 @@ def oracle(hidden: F32, position: int, *, rotated: bool) -> tuple[F32, F32]:
 
 
 def indexer(kv_format: KvFormat = KvFormat.FP8) -> MemoryIndexer:
-    return MemoryIndexer.load(BUNDLED_MODEL, SPEC, kv_format, CPU)
+    return MemoryIndexer.load(SEEDED_MODEL, SPEC, kv_format, CPU)
 
 
 def hidden_states(seed: int = 3) -> torch.Tensor:

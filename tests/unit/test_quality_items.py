@@ -2,7 +2,7 @@
 
 import pytest
 
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.suites.task import Turn
 from forepage.text.chat import chat_parts, encode_parts
 from forepage.text.messages import ChatMessage, Conversation, Role
@@ -13,9 +13,9 @@ from loadtest.quality.items import BLOCK_TOKENS, TAIL_TOKENS, Item, generated
 
 def token_ids(turns: tuple[Turn, ...]) -> list[int]:
     """The prompt as the gateway encodes it for the bundled model."""
-    tokenizer = Tokenizer.load(BUNDLED_MODEL)
+    tokenizer = Tokenizer.load(SEEDED_MODEL)
     conversation = Conversation(tuple(ChatMessage(Role(turn.role), turn.text) for turn in turns))
-    return encode_parts(chat_parts(conversation, Wording.load(BUNDLED_MODEL)), tokenizer)
+    return encode_parts(chat_parts(conversation, Wording.load(SEEDED_MODEL)), tokenizer)
 
 
 def items(suite: str, *, length: int = 12_000, count: int = 6) -> list[Item]:

@@ -2,14 +2,14 @@
 
 import pytest
 
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.detokenizer import Detokenizer, StopMatcher
 from forepage.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(BUNDLED_MODEL)
+    return Tokenizer.load(SEEDED_MODEL)
 
 
 def test_character_is_held_until_it_is_complete(tokenizer: Tokenizer) -> None:

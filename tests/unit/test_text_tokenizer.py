@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from forepage.errors import IntegrityError, ModelFormatError
-from forepage.settings import BUNDLED_MODEL
+from forepage.settings import SEEDED_MODEL
 from forepage.text.control_tokens import ControlToken
 from forepage.text.tokenizer import Tokenizer, byte_of_letter
 
@@ -35,11 +35,11 @@ def bundled_tokenizer() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.load(BUNDLED_MODEL)
+    return Tokenizer.load(SEEDED_MODEL)
 
 
 def test_bundled_file_is_what_its_recipe_makes() -> None:
-    committed = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text(encoding="utf-8"))
+    committed = json.loads((SEEDED_MODEL / "tokenizer.json").read_text(encoding="utf-8"))
     assert committed == bundled_tokenizer()
 
 
@@ -103,6 +103,6 @@ def test_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    (BUNDLED_MODEL / "tokenizer.json").write_text(
+    (SEEDED_MODEL / "tokenizer.json").write_text(
         json.dumps(bundled_tokenizer(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
     )

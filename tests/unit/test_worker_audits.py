@@ -11,7 +11,7 @@ from forepage.index.question import QuestionLimits, parse_request
 from forepage.kv.evidence import merge_audit
 from forepage.kv.ids import BlockIdx
 from forepage.rpc import index_pb2
-from forepage.settings import ResidencyMode, Settings
+from forepage.settings import SEEDED_MODEL, ModelSettings, ResidencyMode
 from forepage.worker.assembly import ModelFolder
 from forepage.worker.questions import audit_messages
 from forepage.worker.sequence import Sequence, StepTap
@@ -76,7 +76,7 @@ def reported(rig: WorkerRig, running: Running, audit: index_pb2.Audit) -> Verdic
 
 def audit_limits(rig: WorkerRig) -> QuestionLimits:
     """What an index of this model accepts."""
-    folder = ModelFolder.read(Settings().model)
+    folder = ModelFolder.read(ModelSettings(path=SEEDED_MODEL))
     return QuestionLimits.of_model(folder.spec, rig.parts.geometry, num_target_layers=3, threshold=0.0)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from forepage.errors import RequestError
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import BUNDLED_MODEL, WorkerSettings
+from forepage.settings import SEEDED_MODEL, WorkerSettings
 from forepage.text.answer_parser import AnswerParser, ArgumentsDelta, CallDelta, ContentDelta
 from forepage.text.chat import _merged, encode_parts
 from forepage.text.control_tokens import ControlToken
@@ -42,7 +42,7 @@ CLOCK: dict[str, Any] = {"type": "object", "properties": {}}
 WHOLE: dict[str, Any] = {"type": "object", "properties": {'a"b': {"type": "boolean"}}, "required": ['a"b']}
 TOOLS = {"weather": WEATHER, "clock": CLOCK, "whole": WHOLE}
 GRAMMARS = {
-    "bundled": (BUNDLED_MODEL, GrammarTokenizer(BUNDLED_MODEL, vocab_size=320, eos=257)),
+    "bundled": (SEEDED_MODEL, GrammarTokenizer(SEEDED_MODEL, vocab_size=320, eos=257)),
     "v4": (v4_folder(), GrammarTokenizer(v4_folder(), vocab_size=129280, eos=1)),
 }
 
@@ -136,7 +136,7 @@ def test_a_value_whose_whole_text_must_fit_is_json() -> None:
         for name, how in lines:
             parts += ["<", mark, f'parameter name="{name}" {how}</', mark, "parameter>\n"]
         parts += ["</", mark, "invoke>\n</", mark, "tool_calls>"]
-        ids = encode_parts(parts, Tokenizer.load(BUNDLED_MODEL))
+        ids = encode_parts(parts, Tokenizer.load(SEEDED_MODEL))
         assert is_let_through(ids, constraint(max_calls=1)) is fits, value
 
 
@@ -176,7 +176,7 @@ def test_a_random_model_calls_what_it_must(seed: int) -> None:
         rig.run(running)
     assert running.finished is not None
     assert running.finished.reason == pb.FINISH_REASON_STOP
-    text = Tokenizer.load(BUNDLED_MODEL).decode_bytes(running.tokens).decode()
+    text = Tokenizer.load(SEEDED_MODEL).decode_bytes(running.tokens).decode()
     content, calls = parsed(text)
     assert content == ""
     assert 1 <= len(calls) <= 2
@@ -200,7 +200,7 @@ def test_json_or_calls_where_both_are_asked() -> None:
 
 
 def test_thinking_can_neither_end_the_answer_nor_call() -> None:
-    end_think, dsml, eos = (Tokenizer.load(BUNDLED_MODEL).token_id(name) for name in CONTROL)
+    end_think, dsml, eos = (Tokenizer.load(SEEDED_MODEL).token_id(name) for name in CONTROL)
     made = constraint(free_until_token_id=end_think)
     for token in (*b"hm", end_think):
         mask = made.mask()
@@ -250,5 +250,5 @@ def test_any_text_is_let_through_and_comes_back(city: str, days: int | None, not
     one = call("weather", **arguments, note=note, kind="rain")
     ids = written("bundled", one)
     assert is_let_through(ids, constraint(max_calls=1))
-    text = Tokenizer.load(BUNDLED_MODEL).decode_bytes(ids).decode()
+    text = Tokenizer.load(SEEDED_MODEL).decode_bytes(ids).decode()
     assert parsed(text) == ("", [("weather", dict(one.arguments))])

@@ -6,13 +6,13 @@ import pytest
 
 from forepage.errors import RequestError
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import BUNDLED_MODEL, WorkerSettings
+from forepage.settings import SEEDED_MODEL, WorkerSettings
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.request import Request
 from rigs.worker import WorkerRig, worker_rig
 
 EOS, END_OF_THINKING = 257, 262
-GRAMMAR = GrammarTokenizer(BUNDLED_MODEL, vocab_size=320, eos=EOS)
+GRAMMAR = GrammarTokenizer(SEEDED_MODEL, vocab_size=320, eos=EOS)
 SCHEMA = {
     "type": "object",
     "properties": {

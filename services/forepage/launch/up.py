@@ -20,6 +20,10 @@ from forepage.launch.wiring import PROBE_TIMEOUT_S, check_ports, check_room, chi
 from forepage.settings import Settings
 
 PATIENCE = Patience()
+QUESTION = (
+    "The locker code of Maria is 5512. The locker code of Peter is 8841.\n\nWhat is the locker code of Peter?"
+)
+"""To try; the bundled model finds things in a text, and knows nothing else."""
 SpecFactory = Callable[[Settings, Path], Sequence[ChildSpec]]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _METRICS_ROLES = ("worker", "index", "coldpool")
@@ -113,8 +117,9 @@ def _announcement(settings: Settings, *, model: str) -> str:
     body = json.dumps(
         {
             "model": model,
-            "max_tokens": 32,
-            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 48,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": QUESTION}],
         }
     )
     ports = {role: getattr(settings, role).metrics_port for role in _METRICS_ROLES}
