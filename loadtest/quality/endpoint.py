@@ -11,6 +11,8 @@ from loadtest.quality.items import Item
 BUSY = (429, 503)
 MAX_TRIES = 8
 MAX_WAIT_S = 60.0
+MODEL_WAIT_S, MODEL_POLL_S = 60.0, 0.5
+"""A gateway answers before its worker is there."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,17 @@ class Endpoint:
 
 
 async def first_model(client: httpx.AsyncClient) -> str:
-    """The first model that the endpoint names. Raises: httpx.HTTPError."""
-    response = await client.get("models")
-    response.raise_for_status()
-    return str(response.json()["data"][0]["id"])
+    """The first model that the endpoint names; waits while it names none, as before its worker is there.
+
+    Raises: httpx.HTTPError, TimeoutError after MODEL_WAIT_S.
+    """
+    async with asyncio.timeout(MODEL_WAIT_S):
+        while True:
+            response = await client.get("models")
+            response.raise_for_status()
+            if models := response.json()["data"]:
+                return str(models[0]["id"])
+            await asyncio.sleep(MODEL_POLL_S)
 
 
 def _reply(body: dict[str, Any]) -> Reply:

@@ -138,6 +138,14 @@ async def test_model_is_the_first_that_is_served() -> None:
         assert await first_model(client) == "tiny"
 
 
+async def test_model_is_waited_for_while_none_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtest.quality.endpoint.MODEL_POLL_S", 0.0)
+    answers = iter([[], [], [{"id": "late"}]])
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json={"data": next(answers)}))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as client:
+        assert await first_model(client) == "late"
+
+
 @pytest.mark.parametrize(
     ("arm", "mode", "source"),
     [
