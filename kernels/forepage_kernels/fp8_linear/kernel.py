@@ -41,9 +41,9 @@ TILES = (
     Tile(tokens=16, rows=64, warps=4, stages=4),
     Tile(tokens=32, rows=64, warps=4, stages=4),
     Tile(tokens=64, rows=64, warps=4, stages=3),
-    Tile(tokens=128, rows=128, warps=8, stages=3),
+    Tile(tokens=128, rows=64, warps=4, stages=3),
 )
-"""The smallest that holds all rows."""
+"""The smallest that holds all rows; the fastest of those measured."""
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight, *, quantise: bool) -> Tensor:
