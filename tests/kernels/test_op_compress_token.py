@@ -98,16 +98,20 @@ def target_of(case: Case, row: int, position: int) -> int:
     return 2 * row * case.layout.entries + position // case.ratio % (2 * case.layout.entries)
 
 
+def warm_up_from(case: Case) -> int:
+    """Where a run begins: later than at 0 to save time, and then nothing from before `start` is stored."""
+    return 0 if case.start < 64 else max(0, case.start - 3 * case.ratio)
+
+
 def run(case: Case, setup: Setup, take: Callable[..., None]) -> None:
     device = setup.state.device
     projected = tokens(case).to(device)
-    first = 0 if case.start < 64 else max(0, case.start - 2 * case.ratio)
-    for position in range(first, case.start + case.steps):
+    for position in range(warm_up_from(case), case.start + case.steps):
         positions = torch.full((case.rows,), position)
         cos, sin = angles(case, positions - positions % case.ratio)
-        targets = torch.tensor(
-            [target_of(case, row, position) for row in range(case.rows)], dtype=torch.int64
-        )
+        stored = warm_up_from(case) == 0 or position >= case.start
+        places = [target_of(case, row, position) if stored else -1 for row in range(case.rows)]
+        targets = torch.tensor(places, dtype=torch.int64)
         take(
             projected[position].contiguous(),
             setup.state,
