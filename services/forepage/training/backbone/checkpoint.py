@@ -69,9 +69,11 @@ def save(
 
 def load(folder: Path) -> Checkpoint | None:
     """The checkpoint in `folder`/checkpoint, if there is one. Raises: ModelFormatError: another version."""
-    path = folder / FOLDER
-    if not (path / STATE_FILE).exists():
+    # The state is written last: where a save was cut off between its two last steps, the new one is whole.
+    whole = [path for path in (folder / FOLDER, folder / f"{FOLDER}.new") if (path / STATE_FILE).exists()]
+    if not whole:
         return None
+    path = whole[0]
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     if state.pop("version", None) != VERSION:
         raise ModelFormatError(f"{path / STATE_FILE}: not a checkpoint of version {VERSION}")

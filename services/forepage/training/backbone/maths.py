@@ -42,12 +42,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def fp8_rounded(x: Tensor, rope_dims: int, share: Tensor) -> Tensor:
     """f32 x [..., d] as an FP8 row gives it back, where `share` (f32 scalar) is 1; as it is, where 0.
 
-    The nope dims are rounded to e4m3 with a power-of-two scale per 64; the gradient passes straight through.
+    The nope dims are rounded to e4m3 with a power-of-two scale per 64, the rope dims to bf16; the gradient
+    passes straight through.
     """
-    nope = x[..., :-rope_dims]
+    nope, rope = x[..., :-rope_dims], x[..., -rope_dims:]
     groups = nope.detach().unflatten(-1, (-1, SCALE_GROUP))
     amax = groups.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX)
     scale = torch.exp2(torch.ceil(torch.log2(amax / MAX_E4M3)))
     stored = (groups / scale).clamp(-MAX_E4M3, MAX_E4M3).to(torch.float8_e4m3fn).float() * scale
-    error = stored.flatten(-2) - nope.detach()
-    return torch.cat((nope + share * error, x[..., -rope_dims:]), dim=-1)
+    nope_error = stored.flatten(-2) - nope.detach()
+    rope_error = rope.detach().bfloat16().float() - rope.detach()
+    return torch.cat((nope + share * nope_error, rope + share * rope_error), dim=-1)
