@@ -142,6 +142,7 @@ def test_footprint_is_what_the_worker_promises(mode: ResidencyMode, tokens: int)
         request=SimpleNamespace(prompt=[0] * tokens, total_tokens=tokens, mode=mode),
         guard=SimpleNamespace(budget_blocks=settings.budget_blocks),
         is_exact=mode is ResidencyMode.EXACT,
+        is_full_by_room=False,
     )
     footprint = sequence_footprint(geometry, settings, mode, num_tokens=tokens, topk=topk)
     for quota, held in (

@@ -1,8 +1,8 @@
 """The memory indexer as it is trained: all target layers at once, gradients to the query side only.
 
 The maths is that of `model/memory_indexer.py`, bf16 roundings included; keys are the model's own, frozen.
-Matrices are fp32 masters; products run in `dtype` (bf16 on a GPU). q is rotated by the signs of the
-Hadamard matrix, exact in bf16, and its scale goes into the head weights.
+Matrices are fp32 masters; products run in `dtype` (bf16 on a GPU). q is rounded once more
+when it is rotated, as kernels that score quantised keys do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ class DualEncoder(nn.Module):
     """wq_a [L, R, D], q_norm [L, R], wq_b [L, H * Di, R], weights_proj [L, H, D]."""
 
     frequencies: Tensor
-    signs: Tensor
+    turned: Tensor
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class DualEncoder(nn.Module):
         frequencies = yarn_frequencies(spec.rope_dims, spec.compress_rope_theta, spec.yarn)
         self.register_buffer("frequencies", frequencies.to(self.wq_a.device), persistent=False)
         eye = torch.eye(self._dims, device=self.wq_a.device)
-        signs = hadamard(eye).sign() if rotated else eye
-        self.register_buffer("signs", signs, persistent=False)
-        self._scale = (self._dims**-0.5 if rotated else 1.0) * self._dims**-0.5 * self.heads**-0.5
+        self.register_buffer("turned", hadamard(eye), persistent=False)
+        self._rotated = rotated
+        self._scale = self._dims**-0.5 * self.heads**-0.5
 
     def queries(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [B, L, D], positions [B] -> q [L, B, H, Di] in `dtype`, head weights f32 [L, B, H]."""
@@ -67,7 +67,9 @@ class DualEncoder(nn.Module):
         turn = rotation(positions.long(), self.frequencies)
         q = rotate(q, turn.cos.unsqueeze(1), turn.sin.unsqueeze(1)).to(torch.bfloat16)
         weights = torch.bmm(x.float(), self.weights_proj.transpose(1, 2)) * self._scale
-        return q.to(self.dtype) @ self.signs.to(self.dtype), weights
+        if self._rotated:  # rounded again where it is scored: beside quantised keys queries are bf16
+            q = (q.float() @ self.turned).to(torch.bfloat16)
+        return q.to(self.dtype), weights
 
     def logits(self, asked: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
         """asked as `queries` gives it, keys [L, C, Di] in `dtype` -> f32 [L, B, C]."""
