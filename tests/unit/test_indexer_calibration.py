@@ -10,6 +10,7 @@ from forepage.training.indexer.calibration import (
     share_for_recall,
 )
 from forepage.training.indexer.config import CalibrationConfig
+from forepage.training.indexer.saved import table
 from forepage.training.indexer.validation import PlanCells
 
 BLOCKS, PLANS = 10, 8
@@ -28,6 +29,7 @@ def cells(logits: torch.Tensor, needed: list[int], *, lengths: list[int] | None 
         plan=plan,
         is_wanted=is_wanted,
         lengths=torch.tensor(lengths or [4096] * PLANS),
+        texts=torch.arange(PLANS) // 2,
         tail_worth=torch.zeros(PLANS, dtype=torch.float64),
         pairs=torch.full((PLANS,), float(count), dtype=torch.float64),
         pair_plan=torch.arange(PLANS).repeat_interleave(count),
@@ -61,6 +63,15 @@ def test_threshold_takes_just_the_blocks_that_are_needed() -> None:
     assert found.reached
     (row,) = found.figures
     assert (row.blocks, row.evidence_recall, row.precision, row.oracle_blocks) == (2.0, 1.0, 1.0, 2.0)
+
+
+def test_the_table_says_how_few_texts_it_is_from_and_what_chance_would_do() -> None:
+    found = calibrate(cells(GOOD.unsqueeze(0), [2, 7]), config(1.0))
+    assert found.figures[0].texts == 4
+    shown = table(found)
+    assert "by construction" in shown
+    # 4 texts, 8 plans; all of the far evidence in 2 of 10 blocks, of which chance has 0.2.
+    assert "| 4,096 | 4 | 8 | 1.0000 | 1.000 | 1.0000 | 0.2000 | 1.000 | 2.0 (2) | 10.0 | 2.0 |" in shown
 
 
 def test_a_lower_recall_needs_fewer_blocks() -> None:

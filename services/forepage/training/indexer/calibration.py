@@ -20,9 +20,10 @@ CURVE_POINTS = 60
 
 @dataclass(frozen=True)
 class LengthFigures:
-    """Of a choice, on the plans of one length."""
+    """Of a choice, on the plans of one length: those it was chosen on, so no forecast for new texts."""
 
     length_tokens: int
+    texts: int  # plans of one text are alike: this, not their number, says how sure the figures are
     plans: int
     evidence_recall: float
     evidence_recall_p01: float  # 1st percentile over audited (step, layer) pairs
@@ -184,6 +185,7 @@ def _figures(cells: PlanCells, chosen: Tensor, length: int) -> LengthFigures:
     oracle, _ = CellRanking(cells, cells.worth).curve(length, len(cells.worth))
     return LengthFigures(
         length_tokens=length,
+        texts=len(cells.texts[of_length].unique()),
         plans=plans,
         evidence_recall=recall,
         evidence_recall_p01=float(pairs.quantile(0.01)) if len(pairs) else 1.0,

@@ -12,7 +12,7 @@ from torch import Tensor
 from forepage.model.indexer_tensors import PREFIX, write_tensors
 from forepage.model.memory_indexer import WEIGHTS_NAME
 from forepage.model.spec import MEMORY_INDEXER_CONFIG
-from forepage.training.indexer.calibration import Calibration
+from forepage.training.indexer.calibration import Calibration, LengthFigures
 from forepage.training.indexer.config import IndexerTrainingConfig
 
 CURVE_JSON, CURVE_PNG, CURVE_TABLE = "calibration.json", "calibration.png", "calibration.md"
@@ -65,20 +65,37 @@ def write_curve(
 def table(calibration: Calibration) -> str:
     """Markdown: a length a row."""
     reached = "" if calibration.reached else "not "
+    columns = ["length", "texts", "plans", "evidence recall", "its p01", "far", "random", "precision"]
+    columns += ["blocks (p99)", "of", "oracle"]
     lines = [
         f"Threshold {calibration.threshold:.4g}, budget {calibration.budget_blocks} blocks, "
         f"layers at places {list(calibration.layers)}; the recall asked for was {reached}reached.",
         "",
-        "| length | plans | evidence recall | its p01 | far | precision | blocks (p99) | of | oracle |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "On the plans that it was chosen on: that the recall is the one asked for is by construction, and",
+        "new texts may give less. With few texts at a length its row says little. `random` is the far recall",
+        "that as many blocks chosen blindly have on average.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
-    lines += [
-        f"| {row.length_tokens:,} | {row.plans} | {row.evidence_recall:.4f} | {row.evidence_recall_p01:.3f} "
-        f"| {row.far_recall:.4f} | {row.precision:.3f} | {row.blocks:.1f} ({row.blocks_p99:.0f}) "
-        f"| {row.candidates:.1f} | {row.oracle_blocks:.1f} |"
-        for row in calibration.figures
-    ]
+    lines += [f"| {' | '.join(_columns(row))} |" for row in calibration.figures]
     return "\n".join(lines) + "\n"
+
+
+def _columns(row: LengthFigures) -> list[str]:
+    return [
+        f"{row.length_tokens:,}",
+        f"{row.texts}",
+        f"{row.plans}",
+        f"{row.evidence_recall:.4f}",
+        f"{row.evidence_recall_p01:.3f}",
+        f"{row.far_recall:.4f}",
+        f"{row.blocks / row.candidates:.4f}",
+        f"{row.precision:.3f}",
+        f"{row.blocks:.1f} ({row.blocks_p99:.0f})",
+        f"{row.candidates:.1f}",
+        f"{row.oracle_blocks:.1f}",
+    ]
 
 
 def _draw(points: Sequence[Mapping[str, float]], calibration: Calibration, path: Path) -> None:

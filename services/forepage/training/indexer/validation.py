@@ -30,6 +30,7 @@ class PlanCells:
     plan: Tensor  # i64 [cells], ascending
     is_wanted: Tensor  # bool [cells]: holds evidence of some step
     lengths: Tensor  # i64 [P]: of each plan's text
+    texts: Tensor  # i64 [P]: which text a plan is of
     tail_worth: Tensor  # f64 [P]: worth of what is resident anyway
     pairs: Tensor  # f64 [P]: audited pairs with evidence that the plan serves
     pair_plan: Tensor  # i64 [G]: of each pair
@@ -96,6 +97,7 @@ def _cells(encoder: DualEncoder, text: LoadedText, num_c4_layers: int) -> PlanCe
         plan=is_cell.nonzero()[:, 0].cpu(),
         is_wanted=(worth > 0)[is_cell].cpu(),
         lengths=length,
+        texts=torch.zeros_like(length),
         tail_worth=tail.cpu(),
         pairs=torch.bincount(pair_plan, minlength=len(plans)).double().cpu(),
         pair_plan=pair_plan.cpu(),
@@ -129,6 +131,7 @@ def _joined(parts: list[PlanCells]) -> PlanCells:
         plan=torch.cat([part.plan + plan for part, plan, _, _ in every]),
         is_wanted=joined("is_wanted"),
         lengths=joined("lengths"),
+        texts=torch.cat([torch.full_like(part.texts, text) for text, part in enumerate(parts)]),
         tail_worth=joined("tail_worth"),
         pairs=joined("pairs"),
         pair_plan=torch.cat([part.pair_plan + plan for part, plan, _, _ in every]),
