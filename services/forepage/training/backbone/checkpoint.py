@@ -1,6 +1,7 @@
 """A run that can go on: masters, optimiser, and where it stands, in files of at most 16 MiB.
 
-Safetensors and JSON only. A checkpoint is written beside the last one and then takes its place.
+Safetensors and JSON only. A checkpoint is written beside the last one and then takes its place by two
+renames: wherever a save is cut off, `load` finds the last whole one.
 """
 
 import json
@@ -16,6 +17,7 @@ from torch import Tensor
 from forepage.errors import ModelFormatError
 
 FOLDER = "checkpoint"
+NEW, OLD = f"{FOLDER}.new", f"{FOLDER}.old"
 STATE_FILE = "state.json"
 MAX_FILE_BYTES = 15 << 20
 VERSION = 1
@@ -56,21 +58,24 @@ def save(
     for name, value in kept.items():
         dtype = torch.float32 if value.dim() == 0 else getattr(torch, moments)
         tensors[f"optimizer.{name}"] = value.detach().to("cpu", dtype).contiguous()
-    new, final = folder / f"{FOLDER}.new", folder / FOLDER
-    shutil.rmtree(new, ignore_errors=True)
+    new, final, old = (folder / name for name in (NEW, FOLDER, OLD))
+    _settle(folder)
     new.mkdir(parents=True)
     for idx, part in enumerate(_parts(tensors)):
         save_file(part, new / f"part-{idx:02d}.safetensors")
     state = {"version": VERSION, **asdict(progress)}
-    (new / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
+    unnamed = new / f"{STATE_FILE}.part"
+    unnamed.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    unnamed.rename(new / STATE_FILE)  # last, and at once: a folder with a state is whole
+    if final.exists():
+        final.rename(old)
     new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> Checkpoint | None:
     """The checkpoint in `folder`/checkpoint, if there is one. Raises: ModelFormatError: another version."""
-    # The state is written last: where a save was cut off between its two last steps, the new one is whole.
-    whole = [path for path in (folder / FOLDER, folder / f"{FOLDER}.new") if (path / STATE_FILE).exists()]
+    whole = [folder / name for name in (FOLDER, NEW) if (folder / name / STATE_FILE).exists()]
     if not whole:
         return None
     path = whole[0]
@@ -84,6 +89,16 @@ def load(folder: Path) -> Checkpoint | None:
             kind, _, rest = name.partition(".")
             (masters if kind == "master" else optimizer)[rest] = value
     return Checkpoint(Progress(**state), masters, optimizer)
+
+
+def _settle(folder: Path) -> None:
+    """Make room for a save: what one that was cut off left, if it is all there is, becomes the checkpoint."""
+    new, final = folder / NEW, folder / FOLDER
+    if not (final / STATE_FILE).exists() and (new / STATE_FILE).exists():
+        shutil.rmtree(final, ignore_errors=True)
+        new.rename(final)
+    for name in (NEW, OLD):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
