@@ -5,28 +5,36 @@ Raises everywhere: RequestError naming the field.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from forepage.errors import RequestError
 from forepage.model.spec import ModelSpec
 from forepage.suites.registry import MIN_TOKENS, SUITES
 
-MOMENTS = ("float32", "bfloat16", "none")
+Moments = Literal["float32", "bfloat16", "none"]
+STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Where texts come from: a seed, and how often each suite is drawn, relative to the others."""
 
-    seed: int
-    workers: int
-    suites: Mapping[str, float]
+    seed: Natural
+    workers: Natural
+    suites: dict[str, Weight]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StageConfig:
     """A part of the curriculum: documents of one length, packed into steps of so many tokens.
 
@@ -36,69 +44,69 @@ class StageConfig:
     """
 
     name: str
-    length: int
-    tokens: int
-    share: float
-    steps: int | None
-    records: float
-    rest_weight: float
-    decisive_weight: float
+    length: Count
+    tokens: Count
+    share: Weight
+    steps: Count | None
+    records: Share
+    rest_weight: Weight
+    decisive_weight: Positive
     fp8_rows: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """Muon on matrices, AdamW on the rest."""
 
-    muon_lr: float
-    muon_momentum: float
-    muon_weight_decay: float
-    adam_lr: float
-    adam_betas: tuple[float, float]
-    warmup_steps: int
-    decay_from: float  # share of the run's time after which both rates fall linearly
-    final_lr: float  # share of the rate at the end
-    clip: float
-    balance_rate: float  # how fast the experts' selection biases follow their load
+    muon_lr: Positive
+    muon_momentum: Share
+    muon_weight_decay: Weight
+    adam_lr: Positive
+    adam_betas: tuple[Share, Share]
+    warmup_steps: Natural
+    decay_from: Share  # share of the run's time after which both rates fall linearly
+    final_lr: Share  # share of the rate at the end
+    clip: Positive
+    balance_rate: Weight  # how fast the experts' selection biases follow their load
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class IndexerConfig:
     """The Lightning Indexers' dense warm-up after the backbone: at the rates of [optimizer], falling to 0."""
 
-    length: int
-    tokens: int
-    rows: int  # tokens of a step that are learned from
-    records: float
-    clip: float
-    minutes: float
-    cut: float  # share of a token's attention above which an entry is something that was looked up
-    floor: float  # weight of all other entries together
-    flatness: float  # exponent of their shares: 0 is flat, 1 as attended
+    length: Count
+    tokens: Count
+    rows: Annotated[int, Field(ge=2)]  # tokens of a step that are learned from
+    records: Share
+    clip: Positive
+    minutes: Weight
+    cut: Share  # share of a token's attention above which an entry is something that was looked up
+    floor: Positive  # weight of all other entries together
+    flatness: Share  # exponent of their shares: 0 is flat, 1 as attended
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     """After training: teacher-forced exact match of the test split's answers."""
 
-    lengths: tuple[int, ...]
-    tokens: int
-    steps: int
-    seed: int
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tokens: Count
+    steps: Count
+    seed: Natural
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT | ConfigDict(arbitrary_types_allowed=True))
 class TrainingConfig:
     """A whole run."""
 
-    seed: int
-    minutes: float
-    moments: str  # how a checkpoint keeps the optimisers' moments: one of MOMENTS
-    model: Mapping[str, Any]
+    seed: Natural
+    minutes: Weight
+    moments: Moments  # how a checkpoint keeps the optimisers' moments
+    model: dict[str, Any]
     spec: ModelSpec
     data: DataConfig
     optimizer: OptimizerConfig
-    stages: tuple[StageConfig, ...]
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     indexer: IndexerConfig
     evaluation: EvaluationConfig
 
@@ -113,53 +121,62 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "TrainingConfig":
-        """Check a parsed file."""
-        optimizer = dict(_part(raw, "optimizer"))
-        optimizer["adam_betas"] = tuple(optimizer.get("adam_betas", ()))
-        evaluation = dict(_part(raw, "evaluation"))
-        evaluation["lengths"] = tuple(evaluation.get("lengths", ()))
+        """Check a parsed file. Raises: ModelFormatError too, naming the field of [model]."""
         model = _part(raw, "model")
-        config = cls(
-            seed=int(raw.get("seed", 0)),
-            minutes=float(raw.get("minutes", 0)),
-            moments=str(raw.get("moments", MOMENTS[0])),
-            model=model,
-            spec=ModelSpec.from_config(model),
-            data=_made(DataConfig, _part(raw, "data")),
-            optimizer=_made(OptimizerConfig, optimizer),
-            stages=tuple(_made(StageConfig, {"steps": None} | stage) for stage in raw.get("stage", ())),
-            indexer=_made(IndexerConfig, _part(raw, "indexer")),
-            evaluation=_made(EvaluationConfig, evaluation),
+        stages = raw.get("stage", ())
+        config = _made(
+            cls,
+            {name: value for name, value in raw.items() if name != "stage"}
+            | {
+                "spec": ModelSpec.from_config(model),
+                "data": _made(DataConfig, _part(raw, "data"), "data"),
+                "optimizer": _made(OptimizerConfig, _part(raw, "optimizer"), "optimizer"),
+                "stages": tuple(_made(StageConfig, {"steps": None} | stage, "stage") for stage in stages),
+                "indexer": _made(IndexerConfig, _part(raw, "indexer"), "indexer"),
+                "evaluation": _made(EvaluationConfig, _part(raw, "evaluation"), "evaluation"),
+            },
         )
         _check(config)
         return config
 
 
-def _part(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _part(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(raw.get(name), dict):
         raise RequestError(f"config: [{name}] is missing", name)
-    part: Mapping[str, Any] = raw[name]
+    part: dict[str, Any] = raw[name]
     return part
 
 
-def _made(kind: type[T], fields: Mapping[str, Any]) -> T:
+def _made(kind: type[T], fields: Mapping[str, Any], section: str = "") -> T:
+    """The section as its type; TOML's lists are tuples here."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
-        return kind(**fields)
-    except TypeError as error:
-        raise RequestError(f"config: {error}", kind.__name__) from error
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        where = f"[{section}] {name}" if section else name
+        raise RequestError(f"config: {where}: {first['msg']}", name) from error
 
 
 def _check(config: TrainingConfig) -> None:
-    if config.moments not in MOMENTS:
-        raise RequestError(f"config: moments must be one of {', '.join(MOMENTS)}", "moments")
-    if not config.stages:
-        raise RequestError("config: no [[stage]]", "stage")
+    """What several fields must keep together."""
     for stage in config.stages:
-        if stage.tokens % stage.length or stage.length % MIN_TOKENS:
-            message = (
-                f"config: stage {stage.name}: length must be a multiple of {MIN_TOKENS} that divides tokens"
-            )
-            raise RequestError(message, "length")
-    unknown = sorted(set(config.data.suites) - set(SUITES))
+        _check_fits(f"stage {stage.name}", stage.length, stage.tokens)
+        if stage.steps is None and not config.minutes * stage.share:
+            raise RequestError(f"config: stage {stage.name}: neither steps nor a share of minutes", "share")
+    _check_fits("[indexer]", config.indexer.length, config.indexer.tokens)
+    for length in config.evaluation.lengths:
+        _check_fits("[evaluation] lengths", length, config.evaluation.tokens)
+    suites = config.data.suites
+    unknown = sorted(set(suites) - set(SUITES))
     if unknown:
-        raise RequestError(f"config: data.suites: there is no {unknown[0]}", "suites")
+        raise RequestError(f"config: [data] suites: there is no {unknown[0]}", "suites")
+    if suites and not any(suites.values()):
+        raise RequestError("config: [data] suites: all of them are 0", "suites")
+
+
+def _check_fits(where: str, length: int, tokens: int) -> None:
+    if length % MIN_TOKENS or tokens % length:
+        message = f"config: {where}: length must be a multiple of {MIN_TOKENS} that divides tokens"
+        raise RequestError(message, "length")
