@@ -81,6 +81,7 @@ class _Records:
         twins = draw.integers(count, size=len(near))
         keys[near], lengths[near] = keys[twins], lengths[twins]
         keys[near, draw.integers(lengths[near])] = alphabet[draw.integers(len(alphabet), size=len(near))]
+        _tell_apart(draw, keys, lengths, alphabet)
         longest = width - SIGNS - MAX_KEY - 5
         self._values = alphabet[draw.integers(len(alphabet), size=(count, longest))]
         self._value_lengths = draw.integers(MIN_VALUE, longest + 1, size=count)
@@ -102,6 +103,17 @@ class _Records:
         tokens[at + 2 + len(key) : at + size - 1] = value
         tokens[at + size - 1] = end
         return slice(at + 2 + len(key), at + size)
+
+
+def _tell_apart(
+    draw: np.random.Generator, keys: Tokens, lengths: NDArray[np.int64], alphabet: Tokens
+) -> None:
+    """Change a symbol of each key that is another's too, in place: a key says which value is asked for."""
+    given: set[bytes] = set()
+    for key, length in zip(keys, lengths, strict=True):
+        while key[:length].tobytes() in given:
+            key[draw.integers(length)] = alphabet[draw.integers(len(alphabet))]
+        given.add(key[:length].tobytes())
 
 
 def _signs(draw: np.random.Generator) -> Sequence[int]:
