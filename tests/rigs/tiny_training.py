@@ -13,7 +13,7 @@ from torch import Tensor
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
 from forepage.model.spec import ModelSpec
-from forepage.model.transformer import Transformer
+from forepage.model.transformer import StepOutput, Transformer
 from forepage.model.weights import load_or_seed, seeded_weights
 from forepage.training.backbone.config import TrainingConfig
 from forepage.training.backbone.network import Backbone, Inputs
@@ -143,33 +143,36 @@ def random_network(model: Mapping[str, Any]) -> Backbone:
 
 
 @torch.no_grad()
-def training_logits(
-    network: Backbone, documents: Sequence[Tensor], *, fp8: bool = False, positions: Tensor | None = None
-) -> Tensor:
+def training_logits(network: Backbone, documents: Sequence[Tensor], *, fp8: bool = False) -> Tensor:
     """Documents of whole steps of 512 tokens, packed in one row -> f32 [n, vocab]."""
-    tokens = torch.cat(tuple(documents))
-    inputs = Inputs.empty(len(tokens), CPU)
-    inputs.tokens.copy_(tokens)
-    lengths = [len(document) for document in documents]
-    inputs.positions.copy_(
-        torch.cat([torch.arange(length) for length in lengths]) if positions is None else positions
-    )
+    inputs, packing = packed_inputs(documents)
     inputs.fp8_share.fill_(float(fp8))
-    packing = Packing(
-        len(tokens),
-        network.spec.compress_ratios,
-        window_tokens=network.spec.window_tokens,
-        device=CPU,
-    )
-    packing.pack(lengths)
     streams, _ = network(inputs, packing)
     logits: Tensor = network.head(streams)
     return logits
 
 
-@torch.inference_mode()
+def packed_inputs(documents: Sequence[Tensor]) -> tuple[Inputs, Packing]:
+    """What the network reads of packed documents at plain positions; for any of this module's models."""
+    tokens = torch.cat(tuple(documents))
+    lengths = [len(document) for document in documents]
+    inputs = Inputs.empty(len(tokens), CPU)
+    inputs.tokens.copy_(tokens)
+    inputs.positions.copy_(torch.cat([torch.arange(length) for length in lengths]))
+    spec = ModelSpec.from_config(MODEL)
+    packing = Packing(len(tokens), spec.compress_ratios, window_tokens=spec.window_tokens, device=CPU)
+    packing.pack(lengths)
+    return inputs, packing
+
+
 def served_logits(folder: Path, tokens: Tensor, kv_format: KvFormat, *, chunk: int) -> Tensor:
-    """An exported folder, loaded and prefilled as a worker does -> f32 [n, vocab]."""
+    """f32 [n, vocab] of an exported folder."""
+    return torch.cat([output.logits for output in served_outputs(folder, tokens, kv_format, chunk=chunk)])
+
+
+@torch.inference_mode()
+def served_outputs(folder: Path, tokens: Tensor, kv_format: KvFormat, *, chunk: int) -> list[StepOutput]:
+    """An exported folder, loaded and prefilled as a worker does, chunk by chunk; every token's output."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     spec, geometry = ModelSpec.from_config(config), KvGeometry.from_config(config, kv_format)
     weights = load_or_seed(folder, spec, dtype=torch.float32, device=CPU)
@@ -177,12 +180,11 @@ def served_logits(folder: Path, tokens: Tensor, kv_format: KvFormat, *, chunk: i
     blocks = geometry.num_blocks(len(tokens))
     pools = KvPools.poisoned(geometry, PoolCapacity(1, blocks, blocks, blocks), CPU)
     table = torch.arange(blocks, dtype=torch.int32)
-    parts = []
+    outputs = []
     for start in range(0, len(tokens), chunk):
         place = PrefillChunk(0, start, table, table, table)
-        output = transformer.prefill(tokens[start : start + chunk], place, pools, all_logits=True)
-        parts.append(output.logits)
-    return torch.cat(parts)
+        outputs.append(transformer.prefill(tokens[start : start + chunk], place, pools, all_logits=True))
+    return outputs
 
 
 def random_tokens(count: int, seed: int = SEED) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ TABLE_FILE = "exact_match.md"
 
 
 def write_report(folder: Path, config: Mapping[str, Any], scores: Sequence[Score]) -> None:
-    """Write training.json, training.png and exact_match.md beside the log they are made from."""
+    """Write training.json, training.png (if it can be drawn) and exact_match.md beside the log."""
     log = [row for row in read_log(folder) if "loss" in row]
     write_row(folder, _row(log, scores), what="training of forepage-tiny's backbone", config=config)
     if scores:
         (folder / TABLE_FILE).write_text(table(scores) + "\n", encoding="utf-8")
-    if log:
+    if log and can_draw():
         draw_curve(log, folder / CURVE_FILE)
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there, which no service needs."""
+    return find_spec("matplotlib") is not None
 
 
 def draw_curve(log: Sequence[Mapping[str, Any]], path: Path) -> None:

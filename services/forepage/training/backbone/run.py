@@ -12,7 +12,7 @@ from forepage.training.backbone.evaluation import Evaluation, Score, free_memory
 from forepage.training.backbone.indexer_training import IndexerTraining
 from forepage.training.backbone.journal import Journal, journal
 from forepage.training.backbone.official import export
-from forepage.training.backbone.report import write_report
+from forepage.training.backbone.report import CURVE_FILE, can_draw, write_report
 from forepage.training.backbone.trainer import Budget, Trainer
 
 EXPORT_FOLDER = "export"
@@ -45,6 +45,8 @@ def run(order: Order) -> bool:
         trainer = Trainer(config, order.folder, device, begin_at=order.begin_at)
         count = sum(parameter.numel() for parameter in trainer.network.parameters())
         notes.note(f"{count:,} parameters; at {trainer.progress}")
+        if not can_draw():
+            notes.note(f"matplotlib is not installed: there will be no {CURVE_FILE}")
         done = trainer.train(stream, notes, Budget(deadline, order.steps))
         if done or order.indexer:
             _train_indexer(trainer, stream, notes, order.steps)
