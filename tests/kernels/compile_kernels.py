@@ -36,6 +36,7 @@ import forepage_kernels.row_turn.kernel as row_turn
 import forepage_kernels.select_topk.kernel as select_topk
 import forepage_kernels.sparse_decode.kernel as sparse_decode
 import forepage_kernels.unpack_rows.kernel as unpack_rows
+from forepage.training.backbone import sinkhorn_kernel
 from forepage_kernels.compress_token import Window
 from forepage_kernels.fp8_linear import Fp8Weight
 from forepage_kernels.layout import KeyLayout, KeyPool, RowLayout, RowPool
@@ -147,6 +148,14 @@ def run_native_indexer(heads: int, layout: KeyLayout) -> None:
         block_table=torch.zeros(2, 5, dtype=torch.int32),
         visible=i64(2),
     )
+
+
+def run_sinkhorn(*, backward: bool) -> None:
+    matrices = torch.zeros(200, 4, 4)
+    if backward:
+        sinkhorn_kernel.backward(matrices, matrices, 20, 1e-6)
+    else:
+        sinkhorn_kernel.forward(matrices, 20, 1e-6)
 
 
 def run_select_topk(entries: int, k: int) -> None:
@@ -346,6 +355,8 @@ VARIANTS: dict[str, Variant] = {
     "unpack_rows-key": (unpack_rows, "unpack_key_tile", lambda: run_unpack_rows(key_pool(KEY), BF16)),
     "unpack_rows-mxfp4": (unpack_rows, "unpack_key_tile", lambda: run_unpack_rows(key_pool(MXFP4_KEY), BF16)),
     "select_topk": (select_topk, "find_maxima select_row", lambda: run_select_topk(262_144, 512)),
+    "sinkhorn": (sinkhorn_kernel, "_forward", lambda: run_sinkhorn(backward=False)),
+    "sinkhorn-backward": (sinkhorn_kernel, "_backward", lambda: run_sinkhorn(backward=True)),
     "select_topk-ones": (select_topk, "find_maxima select_row", lambda: run_select_topk(1, 1)),
     "sparse_decode": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
     "sparse_decode-bf16": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 128, 2048, BF16)),

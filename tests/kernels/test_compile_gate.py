@@ -17,6 +17,7 @@ OPS = (
     "prefill_indexer",
     "unpack_rows",
     "select_topk",
+    "sinkhorn",
     "sparse_decode",
     "compress_quantize",
     "moe",

@@ -20,8 +20,9 @@ def forward(logits: Tensor, iterations: int, eps: float) -> Tensor:
     logits = logits.contiguous()
     result = torch.empty_like(logits)
     count = logits.shape[0]
+    grid = (triton.cdiv(count, TOKENS),)
     with on_device_of(logits):
-        _forward[(triton.cdiv(count, TOKENS),)](logits, result, count, eps, iterations, TOKENS)
+        _forward[grid](logits, result, count, eps, ITERATIONS=iterations, TOKENS=TOKENS)
     return result
 
 
@@ -32,7 +33,7 @@ def backward(logits: Tensor, gradient: Tensor, iterations: int, eps: float) -> T
     count = logits.shape[0]
     grid = (triton.cdiv(count, TOKENS),)
     with on_device_of(logits):
-        _backward[grid](logits, gradient, result, count, eps, iterations, TOKENS)
+        _backward[grid](logits, gradient, result, count, eps, ITERATIONS=iterations, TOKENS=TOKENS)
     return result
 
 
