@@ -1,0 +1,135 @@
+"""Packed documents: the masks are the rule that a reader of one document at a time would apply."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from forepage.errors import RequestError
+from forepage.training.backbone.packing import BLOCK, DOCUMENT_STEP, Packing
+
+CPU = torch.device("cpu")
+WINDOW = 128
+RATIOS = (0, 4, 128)
+STEPS = 4
+"""Documents fill so many times DOCUMENT_STEP tokens."""
+
+lengths_of_documents = st.lists(st.integers(1, STEPS), min_size=1, max_size=STEPS).map(
+    lambda parts: [part * DOCUMENT_STEP for part in _filled(parts)]
+)
+
+
+def _filled(parts: list[int]) -> list[int]:
+    """As many of the parts as fit, and what is left."""
+    taken: list[int] = []
+    for part in parts:
+        taken.append(min(part, STEPS - sum(taken)))
+    taken.append(STEPS - sum(taken))
+    return [part for part in taken if part]
+
+
+def packed(lengths: list[int], *, in_blocks: bool, window: int = WINDOW) -> Packing:
+    packing = Packing(sum(lengths), RATIOS, window_tokens=window, device=CPU, in_blocks=in_blocks)
+    packing.pack(lengths)
+    return packing
+
+
+def brute_force(lengths: list[int], ratio: int, window: int) -> NDArray[np.bool_]:
+    """[n, n / 4 + n]: document by document, token by token, what has been closed and what is near."""
+    total = sum(lengths)
+    places = total // 4
+    seen = np.zeros((total, places + total), bool)
+    begin = 0
+    for length in lengths:
+        for at in range(length):
+            token = begin + at
+            if ratio:
+                seen[token, begin // ratio : begin // ratio + (at + 1) // ratio] = True
+            seen[token, places + begin + max(0, at - window + 1) : places + token + 1] = True
+        begin += length
+    return seen
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=lengths_of_documents, window=st.sampled_from([64, 128, 200]))
+def test_masks_equal_brute_force(lengths: list[int], window: int) -> None:
+    packing = packed(lengths, in_blocks=False, window=window)
+    for ratio in RATIOS:
+        mask = packing.visible(ratio)
+        assert isinstance(mask, Tensor)
+        assert np.array_equal(mask.numpy(), brute_force(lengths, ratio, window))
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=lengths_of_documents, window=st.sampled_from([64, 128, 200]))
+def test_block_lists_and_their_rule_give_the_same_mask(lengths: list[int], window: int) -> None:
+    """A partial block is masked by the rule, a full one is not; a block in neither list is never read."""
+    packing = packed(lengths, in_blocks=True, window=window)
+    for ratio in RATIOS:
+        mask = packing.visible(ratio)
+        assert isinstance(mask, BlockMask)
+        assert mask.full_kv_num_blocks is not None
+        assert mask.full_kv_indices is not None
+        partial = listed(mask.kv_num_blocks, mask.kv_indices)
+        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        assert not (partial & full).any(), "a block in both lists would be attended twice"
+        total = packing.num_tokens
+        zero = torch.zeros((), dtype=torch.int64)
+        rule = mask.mask_mod(
+            zero,
+            zero,
+            torch.arange(total).unsqueeze(1),
+            torch.arange(packing.places + total).unsqueeze(0),
+        )
+        seen = (rule & spread(partial)) | spread(full)
+        assert np.array_equal(seen.numpy(), brute_force(lengths, ratio, window))
+
+
+def listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """Counts [1, 1, q] and indices [1, 1, q, k] of blocks -> bool [q, k]."""
+    blocks = torch.zeros(indices.shape[2:], dtype=torch.bool)
+    for query, count in enumerate(counts[0, 0].tolist()):
+        blocks[query, indices[0, 0, query, :count].long()] = True
+    return blocks
+
+
+def spread(blocks: Tensor) -> Tensor:
+    """bool [q, k] of blocks -> of tokens and rows."""
+    return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(before=lengths_of_documents, lengths=lengths_of_documents)
+def test_packing_anew_leaves_nothing_of_the_documents_before(before: list[int], lengths: list[int]) -> None:
+    """In place: a captured graph holds these very tensors."""
+    packing = packed(before, in_blocks=True)
+    held = {ratio: packing.visible(ratio) for ratio in RATIOS}
+    packing.pack(lengths)
+    fresh = packed(lengths, in_blocks=True)
+    for ratio, mask in held.items():
+        assert packing.visible(ratio) is mask
+        new = fresh.visible(ratio)
+        assert isinstance(mask, BlockMask)
+        assert isinstance(new, BlockMask)
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(mask, name), getattr(new, name))
+        assert torch.equal(mask.kv_indices, new.kv_indices)
+    begins = np.cumsum([0, *lengths[:-1]])
+    for ratio in (4, 128):
+        assert packing.first_entries(ratio).nonzero().flatten().tolist() == (begins // ratio).tolist()
+
+
+@pytest.mark.parametrize("lengths", [[512, 256], [512], [1024, 1024], [768, 256]])
+def test_documents_that_do_not_fill_the_row_are_refused(lengths: list[int]) -> None:
+    packing = Packing(1024, RATIOS, window_tokens=WINDOW, device=CPU)
+    with pytest.raises(RequestError, match="don't fill"):
+        packing.pack(lengths)
+
+
+def test_tokens_that_give_no_whole_blocks_are_refused() -> None:
+    with pytest.raises(RequestError, match="multiple of 512"):
+        Packing(256, RATIOS, window_tokens=WINDOW, device=CPU, in_blocks=True)
