@@ -89,6 +89,45 @@ def test_block_lists_and_their_rule_give_the_same_mask(lengths: list[int], windo
         assert np.array_equal(seen.numpy(), brute_force(lengths, ratio, window))
 
 
+LONG = 32768
+"""Tokens of a step in training: there c128 layers too have blocks of entries that are seen whole."""
+
+
+@pytest.mark.parametrize(
+    ("lengths", "whole"),
+    [([LONG], True), ([16896, LONG - 16896], True), ([512, LONG - 512], False), ([512] * 64, False)],
+)
+def test_block_lists_of_a_real_step_are_all_and_only_what_is_seen(lengths: list[int], whole: bool) -> None:
+    """A block's first and last token tell: entries close as tokens go on, and the window is a block wide."""
+    packing = packed(lengths, in_blocks=True)
+    rows = torch.arange(packing.places + LONG).unsqueeze(0)
+    zero = torch.zeros((), dtype=torch.int64)
+    full_blocks = 0
+    for ratio in RATIOS:
+        mask = packing.visible(ratio)
+        assert isinstance(mask, BlockMask)
+        assert mask.full_kv_num_blocks is not None
+        assert mask.full_kv_indices is not None
+        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+        partial = listed(mask.kv_num_blocks, mask.kv_indices)
+        begins = torch.arange(0, LONG, BLOCK).unsqueeze(1)
+        first, last = (
+            mask.mask_mod(zero, zero, tokens, rows).unflatten(1, (-1, BLOCK))
+            for tokens in (begins, begins + BLOCK - 1)
+        )
+        assert torch.equal(partial | full, first.any(2) | last.any(2))
+        assert torch.equal(full, first.all(2) & last.all(2) & full_may_be(ratio, packing.places))
+        full_blocks += int(full[:, : packing.places // BLOCK].sum()) if ratio == 128 else 0
+    assert (full_blocks > 0) == whole
+
+
+def full_may_be(ratio: int, places: int) -> Tensor:
+    """bool [1, k]: blocks of entries; the window's are masked token by token."""
+    blocks = torch.zeros(1, (places + LONG) // BLOCK, dtype=torch.bool)
+    blocks[:, : places // BLOCK] = ratio > 0
+    return blocks
+
+
 def listed(counts: Tensor, indices: Tensor) -> Tensor:
     """Counts [1, 1, q] and indices [1, 1, q, k] of blocks -> bool [q, k]."""
     blocks = torch.zeros(indices.shape[2:], dtype=torch.bool)

@@ -14,7 +14,7 @@ from forepage.training.backbone import checkpoint
 from forepage.training.backbone.batch_stream import BatchStream
 from forepage.training.backbone.checkpoint import Progress
 from forepage.training.backbone.config import TrainingConfig
-from forepage.training.backbone.journal import journal
+from forepage.training.backbone.journal import journal, read_log
 from forepage.training.backbone.official import official_weights
 from forepage.training.backbone.optimizer import rate_factor
 from forepage.training.backbone.trainer import Budget, Trainer
@@ -34,6 +34,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path: Path) -> No
     whole = trained(tmp_path / "whole", steps=None)
     trained(tmp_path / "parts", steps=2)
     parts = trained(tmp_path / "parts", steps=None)
+    steps = [[row["steps"] for row in read_log(tmp_path / name)] for name in ("whole", "parts")]
+    assert steps == [[4], [2, 2]], "the second call took only the steps that were left"
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
