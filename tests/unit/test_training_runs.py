@@ -1,4 +1,4 @@
-"""A training run: resumed it is the same, its checkpoint is whole or the last, the command does what it says."""
+"""A training run: resumed it is the same, its checkpoint is whole or the last, and the command works."""
 
 import json
 from dataclasses import asdict
