@@ -5,6 +5,7 @@ paging carries a key salted with its sequence and can serve only that sequence's
 """
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,7 @@ class PrefixHasher:
 
     def next_key(self, parent: bytes, token_ids: Sequence[int]) -> bytes:
         """Key of the block that follows `parent` and holds exactly these tokens."""
-        packed = b"".join(token.to_bytes(4, "little") for token in token_ids)
-        return _digest(b"block", parent, packed)
+        return _digest(b"block", parent, struct.pack(f"<{len(token_ids)}I", *token_ids))
 
 
 def salted_key(key: bytes, sequence_id: str) -> bytes:

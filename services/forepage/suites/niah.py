@@ -90,7 +90,7 @@ def _attempt(draw: Draw, suite: str, recipe: Recipe, length_tokens: int, num_que
         used += sum(len(fact.sentence) + 1 for fact in groups[-1])
     facts = [fact for group in groups for fact in group]
     order = draw.shuffled(facts)
-    questions = [_question(draw, suite, worded, group, order) for group in groups]
+    questions = [_question(draw, suite, worded, group) for group in groups]
     room = document_room(length_tokens, questions)
     if used > room * MAX_SHARE:
         return None
@@ -230,15 +230,14 @@ def _attribute(draw: Draw, kind: str) -> str:
     return draw.pick(wording.ATTRIBUTES[draw.split.value][kind])
 
 
-def _question(draw: Draw, suite: str, worded: Wording, group: list[Fact], order: list[Fact]) -> Question:
-    """Ask for a group; several values of one key are answered in the order of the document."""
+def _question(draw: Draw, suite: str, worded: Wording, group: list[Fact]) -> Question:
+    """Ask for a group; several values of one key are answered in ascending order."""
     names = tuple(dict.fromkeys(fact.key for fact in group))
     said = draw.pick(worded.question).expand(
         draw, {"attribute": worded.attribute, "kind": worded.kind, "key": listed(names)}
     )
     if len(names) == 1 and len(group) > 1:
-        places = {fact: at for at, fact in enumerate(order)}
-        group = sorted(group, key=places.__getitem__)
+        group = sorted(group, key=lambda fact: fact.value)
     values = tuple(fact.value for fact in group)
     return Question(said, _answer(worded.attribute, names, values), values, (), suite)
 
