@@ -1,4 +1,6 @@
-"""Reading what a worker shows to those who watch it."""
+"""Writing and reading the blocks that a worker shows to those who watch it."""
+
+from collections.abc import Iterable
 
 from forepage.rpc import worker_pb2 as pb
 
@@ -10,3 +12,9 @@ def blocks_of(view: pb.WatchedSequence) -> set[int]:
     }
     assert all(block < view.num_blocks for block in bits)
     return bits
+
+
+def resident_bits(blocks: Iterable[int], num_blocks: int) -> bytes:
+    """A bit a block, the lowest first."""
+    number = sum(1 << block for block in set(blocks))
+    return number.to_bytes(-(-num_blocks // 8), "little")

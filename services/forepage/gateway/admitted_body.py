@@ -4,7 +4,7 @@ Slots come first, so that waiting bodies can't fill the memory; the slot is held
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +19,7 @@ BODY_TIMEOUT_S = 120.0
 
 
 class AdmittedBodyMiddleware:
-    """Guards the POST paths in `operations`; everything else passes."""
+    """Guards the POST paths in `operations` and `bounded`; everything else passes."""
 
     def __init__(
         self,
@@ -29,17 +29,21 @@ class AdmittedBodyMiddleware:
         max_body_bytes: int,
         operations: Mapping[str, str],
         telemetry: Telemetry,
+        bounded: Collection[str] = (),
     ) -> None:
         self._app = app
         self._admission = admission
         self._max_bytes = max_body_bytes
         self._operations = operations
+        self._bounded = frozenset(bounded)
         self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises: RateLimitError, DependencyError (draining), BodyTooLargeError, ClientGoneError."""
-        operation = self._operations.get(scope.get("path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or operation is None:
+        path = scope.get("path", "")
+        operation = self._operations.get(path)
+        is_ours = operation is not None or path in self._bounded
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_ours:
             await self._app(scope, receive, send)
             return
         request_scope(scope).operation = operation
