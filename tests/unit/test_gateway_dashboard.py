@@ -2,9 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 
@@ -161,3 +163,74 @@ async def test_passages_answers_errors_in_our_shape_and_within_the_bound(
     wrong = await gateway.client.post(PASSAGES_PATH, json={"model": "m", "messages": "no"})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "messages")
     assert gateway.admission.running == 0
+
+
+def themes() -> dict[str, dict[str, str]]:
+    """Colours by name, light and dark, as the style sheet sets them."""
+    style = (FOLDER / "page.css").read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = re.compile(r"--([\w-]+): (#[0-9a-f]{6})")
+    return {"light": dict(colours.findall(light)), "dark": dict(colours.findall(dark))}
+
+
+def linear(colour: str) -> np.ndarray:
+    """sRGB to linear light, 0..1."""
+    channels = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it."""
+    lights = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+VISION = {
+    "usual": np.eye(3),
+    "no red": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "no green": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "no blue": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+"""Linear light as it is seen. Source: G. M. Machado et al., IEEE TVCG 15 (2009), severity 1.0."""
+
+
+def lab(light: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* under D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    ratios = to_xyz @ np.clip(light, 0, 1) / [0.9505, 1.0, 1.089]
+    x, y, z = np.where(ratios > 0.008856, np.cbrt(ratios), 7.787 * ratios + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_texts_and_shapes_stand_out(theme: str) -> None:
+    colours = themes()["light"] | themes()[theme]
+    for text, grounds in (
+        ("text", ("ground", "panel", "bad-ground", "warn-ground", "accent-soft")),
+        ("muted", ("ground", "panel")),
+        ("accent-text", ("ground", "panel", "accent-soft")),
+        ("on-accent", ("accent",)),
+        ("missed", ("panel",)),
+        ("mark-text", ("mark1", "mark2", "mark3")),
+    ):
+        for ground in grounds:
+            assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    assert contrast(colours["resident"], colours["panel"]) >= 3
+    assert contrast(colours["read"], colours["panel"]) >= 3
+
+
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_states_differ_for_every_kind_of_sight(theme: str, vision: str) -> None:
+    """By 20 and more, where 2 can just be told apart; their shapes differ as well (draw.js)."""
+    colours = themes()["light"] | themes()[theme]
+    names = ("panel", "cold", "resident", "prefetched", "missed")
+    seen = {name: lab(VISION[vision] @ linear(colours[name])) for name in names}
+    for one, other in combinations(names, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) >= 20, (one, other)

@@ -120,8 +120,7 @@ export class EventReader {
   #rest = "";
 
   feed(text) {
-    this.#rest += text.replaceAll("\r\n", "\n");
-    const events = this.#rest.split("\n\n");
+    const events = (this.#rest + text).replaceAll("\r\n", "\n").split("\n\n");
     this.#rest = events.pop();
     return events
       .map((event) => event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5).replace(/^ /, "")).join("\n"))
@@ -164,16 +163,27 @@ export function milliseconds(value) {
 
 export function count(value) { return String(value).replace(/\B(?=(\d{3})+$)/g, "\u202f"); }
 
+export function counted(number, noun) { return `${count(number)} ${noun}${number === 1 ? "" : "s"}`; }
+
+/** A message of the server as a sentence; when to try again is said apart. */
+export function sentence(message) {
+  const said = message.replace(/[;,]? (try|send it) again\.?$/, "").trim();
+  return said ? `${said[0].toUpperCase()}${said.slice(1)}${/[.!?]$/.test(said) ? "" : "."}` : "";
+}
+
 /** What went wrong, and what to do about it. */
-export function adviceFor({ status, code, message, retryAfter }) {
-  const later = retryAfter ? `Try again in ${retryAfter} s.` : "Try again in a moment.";
-  if (status === 401) return { title: "This server asks for an API key.", advice: "Enter it above, then ask again.", needsKey: true };
+export function adviceFor({ status, code, message, retryAfter, hadKey }) {
+  const later = retryAfter ? `Try again in ${retryAfter} s.` : "Try again in a moment.", said = sentence(message);
+  if (status === 401) {
+    const advice = hadKey ? "The server does not know this API key. Enter another; it stays in this tab." : "This server asks for an API key. It stays in this tab.";
+    return { title: "This server asks for an API key.", advice, needsKey: true };
+  }
   if (status === 0) return { title: "The gateway does not answer.", advice: "Is forepage up still running? The page tries again by itself." };
-  if (code === "context_length_exceeded") return { title: "The document is too long for this model.", advice: message };
-  if (code === "dependency_unavailable" || status === 503) return { title: "No room, or a process is missing.", advice: `${message} ${later}` };
-  if (status === 429) return { title: "Too much at once.", advice: `${message} ${later}` };
-  if (status === 413) return { title: "The document is larger than this server takes.", advice: `${message} The limit is FOREPAGE_GATEWAY__MAX_BODY_BYTES.` };
-  return { title: "The question was not answered.", advice: message || later };
+  if (code === "context_length_exceeded") return { title: "The document is too long for this model.", advice: said };
+  if (code === "dependency_unavailable" || status === 503) return { title: "No room, or a process is missing.", advice: `${said} ${later}` };
+  if (status === 429) return { title: "Too much at once.", advice: `${said} ${later}` };
+  if (status === 413) return { title: "The document is larger than this server takes.", advice: `${said} The limit is FOREPAGE_GATEWAY__MAX_BODY_BYTES.` };
+  return { title: "The question was not answered.", advice: said || later };
 }
 
 /** Something to try: many facts of one kind in a long text, one of them asked for. */

@@ -1,9 +1,9 @@
 // The page: what the feed says goes to the map, the list and the curves; asking is in ask.js.
 
-import { addPoint, adviceFor, blockLine, blockStates, bitsOf, cellAt, count, figuresOf, milliseconds, moveCursor,
+import { addPoint, adviceFor, blockLine, blockStates, bitsOf, cellAt, count, counted, figuresOf, milliseconds, moveCursor,
   percent, runsOf, sequencesOf, SERIES_MS, summaryOf } from "./logic.js";
 import { colours, drawBlocks, drawChart } from "./draw.js";
-import { keepKey, Refusal, snapshots } from "./server.js";
+import { hasKey, keepKey, Refusal, snapshots } from "./server.js";
 import { openAsking } from "./ask.js";
 
 const RETRY_MS = 2000;
@@ -32,9 +32,9 @@ function showNotice(kind, title, advice) {
 }
 
 function showRefusal(refusal) {
-  const { title, advice, needsKey } = adviceFor({ ...refusal, status: refusal.status, message: refusal.message });
-  showNotice("bad", title, advice);
-  if (needsKey) openKey(true);
+  const { title, advice, needsKey } = adviceFor({ ...refusal, message: refusal.message, hadKey: hasKey() });
+  if (needsKey) openKey(true, advice);
+  else showNotice("bad", title, advice);
 }
 
 function setOwn(requestId) {
@@ -60,7 +60,7 @@ function render() {
     if (kept?.request_id !== sequence.request_id) cursor = -1;
     kept = sequence;
   }
-  renderWorkers();
+  if (isFollowing) renderWorkers();
   renderMap(sequence ?? kept, sequence === null);
   renderList(running, (sequence ?? kept)?.request_id);
 }
@@ -72,16 +72,26 @@ function renderWorkers() {
     return;
   }
   if (!live.length) {
-    setStatus("bad", frame.workers.length ? "no worker answers" : "no worker");
-    at("load").textContent = lost.map((worker) => worker.lost).join("; ") || "start one with forepage worker, or everything with forepage up";
+    setStatus("bad", lost.length ? "no worker answers" : "no worker");
+    at("load").textContent = lost.map((worker) => worker.worker_id).join(", ");
+    showEmpty("No decode worker answers.", "forepage up starts a dead one again within seconds; alone it is started with forepage worker. Its log says why it ended.");
     return;
   }
+  showEmpty("Nothing is running.", null);
   const draining = live.every((worker) => worker.draining);
   setStatus(lost.length || draining ? "wait" : "live", lost.length ? `live, ${lost.length} of ${frame.workers.length} workers lost` : draining ? "draining" : "live");
   const sum = (name) => live.reduce((total, worker) => total + worker[name], 0);
   const used = 1 - sum("row_blocks_free") / Math.max(1, sum("row_blocks_total"));
   const names = [...new Set(live.map((worker) => worker.model_name))].join(", ");
   at("load").textContent = `${names} · ${sum("running")} running, ${sum("waiting")} waiting · ${percent(used)} of ${count(sum("row_blocks_total"))} device blocks held`;
+}
+
+/** What the map says without blocks; with no text of its own it teaches. */
+function showEmpty(title, text) {
+  at("map-empty-title").textContent = title;
+  at("map-empty-text").textContent = text ?? "";
+  at("map-empty-text").hidden = text === null;
+  at("map-lesson").hidden = text !== null;
 }
 
 function renderMap(sequence, isOver) {
@@ -111,7 +121,8 @@ function pinnedFrom(sequence) { return ["decode", "paused"].includes(sequence.ph
 
 function progressOf(sequence) {
   if (sequence.phase === "prefill") return `Reading the prompt: ${count(sequence.processed_tokens)} of ${count(sequence.prompt_tokens)} tokens.`;
-  const late = sequence.late_plans ? ` · ${sequence.late_plans} late plans` : "", raised = sequence.escalations ? ` · ${sequence.escalations} escalations` : "";
+  const late = sequence.late_plans ? ` · ${counted(sequence.late_plans, "late plan")}` : "";
+  const raised = sequence.escalations ? ` · ${counted(sequence.escalations, "escalation")}` : "";
   return `Interval ${sequence.interval} · budget ${sequence.budget_blocks} blocks · newest plan ${milliseconds(sequence.prefetch_latency_ms)}${late}${raised}`;
 }
 
@@ -211,6 +222,8 @@ let wake = () => {};
 function lose(error) {
   if (!(error instanceof Refusal)) throw error;
   setStatus("bad", error.status === 401 ? "key needed" : error.status === 0 ? "gateway lost" : "feed refused");
+  showEmpty("Not connected.", "What is resident is shown as soon as the gateway answers.");
+  at("load").textContent = "";
   showRefusal(error);
   at("notice").dataset.of = "feed";
 }
@@ -230,8 +243,9 @@ function visible() {
   });
 }
 
-function openKey(isOpen) {
+function openKey(isOpen, words = "The API key of this server. It stays in this tab.") {
   at("key-form").hidden = !isOpen;
+  at("key-form").querySelector("label").textContent = words;
   at("key-open").setAttribute("aria-expanded", String(isOpen));
   if (isOpen && document.activeElement === document.body) at("key").focus();
 }

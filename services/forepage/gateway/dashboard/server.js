@@ -5,6 +5,8 @@ import { EventReader } from "./logic.js";
 
 const KEY = "forepage-key";
 
+export function hasKey() { return sessionStorage.getItem(KEY) !== null; }
+
 export function keepKey(key) { sessionStorage.setItem(KEY, key); }
 
 /** What the server refused, or could not be asked; `status` 0: nobody answered. */
