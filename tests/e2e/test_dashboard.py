@@ -26,7 +26,7 @@ Scheme = Literal["dark", "light"]
 
 def go_on(route: Route) -> None:
     """The same question, decoded for six intervals whatever the model says."""
-    body = route.request.post_data_json
+    body = json.loads(route.request.post_data or "")
     route.continue_(post_data=json.dumps({**body, "max_tokens": 384, "ignore_eos": True}))
 
 

@@ -174,12 +174,15 @@ def test_marked_pieces_are_the_whole_text_in_order(
         ({"status": 0, "code": "", "message": "TypeError"}, "forepage up"),
         (
             {"status": 400, "code": "context_length_exceeded", "message": "takes 100 tokens"},
-            "takes 100 tokens",
+            "Takes 100 tokens.",
         ),
-        ({"status": 503, "code": "capacity_exhausted", "message": "full", "retryAfter": "5"}, "again in 5 s"),
+        (
+            {"status": 503, "code": "capacity_exhausted", "message": "full; try again", "retryAfter": "5"},
+            "Full. Try again in 5 s.",
+        ),
         ({"status": 429, "code": "rate_limit_exceeded", "message": "slow down"}, "in a moment"),
         ({"status": 413, "code": "request_too_large", "message": "big"}, "MAX_BODY_BYTES"),
-        ({"status": 500, "code": "internal_error", "message": "a mistake"}, "a mistake"),
+        ({"status": 500, "code": "internal_error", "message": "a mistake"}, "A mistake."),
     ],
 )
 def test_every_refusal_says_what_to_do(refusal: dict[str, Any], words: str) -> None:
