@@ -16,7 +16,7 @@ from rigs.browser import opened
 from rigs.stack import Stack, running_stack
 
 PICTURE = Path(__file__).parents[2] / "docs" / "dashboard.png"
-SIZE = (1180, 1010)
+SIZE = (1180, 935)
 CHAT = "/v1/chat/completions"
 
 

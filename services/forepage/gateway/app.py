@@ -60,7 +60,7 @@ def create_app(
         admission=admission,
         max_body_bytes=settings.max_body_bytes,
         operations=OPERATIONS,
-        bounded=(PASSAGES_PATH,),
+        other_paths=frozenset({PASSAGES_PATH}),
         telemetry=telemetry,
     )
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost
