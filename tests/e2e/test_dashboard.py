@@ -13,9 +13,12 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Route
 
+from forepage.gateway.residency_feed import live_worker
+from forepage.rpc import worker_pb2 as pb
 from forepage.settings import TINY_MODEL
 from rigs.browser import DESK, PHONE, Opened, find_chromium, opened
 from rigs.stack import Stack, running_stack
+from rigs.watching import resident_bits
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium: apt install chromium")
 ANSWER_MS = 120_000
@@ -122,6 +125,56 @@ def test_a_busy_page_moves_with_the_decode(
         page.wait_for_selector("#map-summary:has-text('ended')", timeout=ANSWER_MS)
         assert page.evaluate(PIXELS) != before
         assert view.errors == []
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "light"), (PHONE, "dark")])
+@pytest.mark.parametrize("num_blocks", [60, 4_096])
+def test_every_state_is_shown_up_to_a_million_tokens(
+    stack: Stack, pictures: Path, size: tuple[int, int], scheme: Scheme, num_blocks: int
+) -> None:
+    """A feed of our own: what a small model seldom does, and cannot at this length."""
+    held = {*range(num_blocks - 8, num_blocks), *range(0, num_blocks, 7)}
+    view = pb.WatchedSequence(
+        request_id="0123456789abcdef",
+        phase=pb.SEQUENCE_PHASE_DECODE,
+        mode=pb.RESIDENCY_MODE_GUARDED,
+        prompt_tokens=256 * num_blocks - 40,
+        num_blocks=num_blocks,
+        pinned_from=num_blocks - 8,
+        resident=resident_bits(held, num_blocks),
+        prefetched_block_idx=[7, 14],
+        missed_block_idx=[9, 10],
+        loading_block_idx=[16, 17],
+        read_block_idx=[0, 21],
+        evidence_recall=0.8,
+        escalations=1,
+    )
+    with opened("about:blank", size=size, scheme=scheme) as shown:
+        page = shown.page
+        page.route(
+            "**/dashboard/feed",
+            lambda route: route.fulfill(body=event_of(view), content_type="text/event-stream"),
+        )
+        page.goto(stack.url)
+        page.wait_for_selector(f"#map-summary:has-text('{len(held)} of {num_blocks} blocks resident')")
+        assert "2 just prefetched, 2 loading, 2 missed" in page.inner_text("#map-summary")
+        assert page.inner_text("#list td.low") == "80 %"
+        picture(shown, pictures, f"states-{num_blocks}-{size[0]}-{scheme}")
+        for press, words in (("Home", "read at the newest step"), ("End", "always resident")):
+            page.focus("#map")
+            page.keyboard.press(press)
+            assert words in page.inner_text("#map-block")
+        box = page.locator("#map").bounding_box()
+        assert box is not None
+        assert box["height"] < 900
+
+
+def event_of(view: pb.WatchedSequence) -> str:
+    worker = pb.DescribeReply(
+        worker_id="w", model_name="m", running=1, row_blocks_free=10, row_blocks_total=90
+    )
+    frame = pb.WatchFrame(worker=worker, sequences=[view])
+    return f"data: {json.dumps({'block_tokens': 256, 'num_listed': 1, 'workers': [live_worker(frame)]})}\n\n"
 
 
 def test_stopping_frees_the_sequence(stack: Stack, pictures: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from py_mini_racer import MiniRacer
 
 from forepage.gateway.dashboard import FOLDER
-from forepage.gateway.residency_feed import _live
+from forepage.gateway.residency_feed import live_worker
 from forepage.rpc import worker_pb2 as pb
 from rigs.watching import resident_bits
 
@@ -36,7 +36,7 @@ def js(expression: str, *arguments: Any) -> Any:
 
 def told(**fields: Any) -> dict[str, Any]:
     """A sequence as the gateway tells the page of it."""
-    (view,) = _live(pb.WatchFrame(sequences=[pb.WatchedSequence(**fields)]))["sequences"]
+    (view,) = live_worker(pb.WatchFrame(sequences=[pb.WatchedSequence(**fields)]))["sequences"]
     return dict(view)
 
 

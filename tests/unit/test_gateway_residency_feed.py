@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from forepage.errors import RateLimitError
 from forepage.gateway.dashboard import FEED_PATH
-from forepage.gateway.residency_feed import FRAME_S, MAX_WATCHING, ResidencyFeed, _live
+from forepage.gateway.residency_feed import FRAME_S, MAX_WATCHING, ResidencyFeed, live_worker
 from forepage.rpc import worker_pb2 as pb
 from rigs.fake_worker import FakeWorker, StartWorker
 from rigs.gateways import DEADLINE_S, OpenGateway, ServeGateway, until
@@ -56,7 +56,7 @@ def test_what_the_page_gets_names_just_the_resident_blocks(blocks: set[int], ext
     """Read as the page reads it (logic.js, tested beside this): base64, a bit a block, the lowest first."""
     num_blocks = max(blocks, default=0) + 1 + extra
     view = pb.WatchedSequence(num_blocks=num_blocks, resident=resident_bits(blocks, num_blocks))
-    (told,) = _live(pb.WatchFrame(sequences=[view]))["sequences"]
+    (told,) = live_worker(pb.WatchFrame(sequences=[view]))["sequences"]
     again = pb.WatchedSequence(num_blocks=told["num_blocks"], resident=base64.b64decode(told["resident"]))
     assert blocks_of(again) == blocks
 

@@ -113,7 +113,7 @@ class ResidencyFeed:
     def _frame(self) -> Frame:
         listed = self._directory.listed()
         workers = [
-            _lost(worker, newest) if isinstance(newest, ForepageError) else _live(newest)
+            _lost(worker, newest) if isinstance(newest, ForepageError) else live_worker(newest)
             for worker in listed
             if (newest := self._newest.get(worker.address)) is not None
         ]
@@ -133,7 +133,8 @@ def _lost(worker: WorkerClient, error: ForepageError) -> Frame:
     }
 
 
-def _live(frame: pb.WatchFrame) -> Frame:
+def live_worker(frame: pb.WatchFrame) -> Frame:
+    """One worker's snapshot as the page gets it: fields by their names, the bitmap in base64."""
     return {**plain_words(frame.worker), "lost": None, "sequences": [_view(one) for one in frame.sequences]}
 
 

@@ -1,7 +1,7 @@
-// Draws blocks and curves on canvases, in the colours of the style sheet. States differ in shape too: a ring is
-// cold, a full square resident, one with a dot just prefetched, a cross missed, a half-full one loading.
+// Draws blocks and curves on canvases, in the colours of the style sheet. States differ in shape too: a ring (where
+// there are many, a point) is cold, a full square resident, one with a dot just prefetched, a cross missed, a half-full one loading.
 
-import { COLD, LOADING, MISSED, PREFETCHED, RESIDENT, layoutCells } from "./logic.js";
+import { COLD, LOADING, PREFETCHED, RESIDENT, layoutCells } from "./logic.js";
 
 const NAMES = ["cold", "resident", "prefetched", "missed", "read", "panel", "muted", "line", "accent", "text"];
 
@@ -41,6 +41,11 @@ export function drawBlocks(canvas, { states, pinnedFrom, outlined, cursor }, col
 
 function drawCell(context, x, y, side, state, colour) {
   const isSmall = side < 11;
+  if (state === COLD && isSmall) {
+    context.fillStyle = colour.cold;
+    context.fillRect(x + side / 2 - 1, y + side / 2 - 1, 2, 2);
+    return undefined;
+  }
   if (state === COLD) return frame(context, x, y, side, 1, colour.cold);
   if (state === RESIDENT || state === PREFETCHED) {
     context.fillStyle = state === RESIDENT ? colour.resident : colour.prefetched;
