@@ -119,6 +119,7 @@ class GatewaySettings(_Section):
     request_timeout_s: Seconds = Field(3600.0, description="a request's longest life")
     drain_timeout_s: Seconds = Field(30.0, description="on SIGTERM: how long streams may go on")
     worker_poll_s: Seconds = Field(1.0, description="how often the worker list and load are refreshed")
+    dashboard: bool = Field(True, description="whether `/` serves the page that shows what is resident")
 
 
 class IndexSettings(_Section):

@@ -24,6 +24,8 @@ from forepage.worker import admission, lookahead, loop, residency, write_back
 from forepage.worker.commands import Table
 from forepage.worker.quota import held_quota, steady_quota
 from forepage.worker.sequence import Phase
+from forepage.worker.watching import view_of
+from rigs.watching import blocks_of
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 MAX_TOKENS = 14
@@ -256,6 +258,7 @@ class WorkerMachine(RuleBasedStateMachine):
             shown = table[holds.slot].tolist()
             assert shown[: len(ids)] == ids
             assert set(shown[len(ids) :]) <= {NOT_RESIDENT}
+        self.check_view(one, tables[Table.ROWS][holds.slot].tolist())
         held = held_quota(parts, sequence)
         assert held.rows <= holds.row_promise
         assert held.keys <= holds.key_promise
@@ -268,6 +271,15 @@ class WorkerMachine(RuleBasedStateMachine):
         if sequence.phase is Phase.PAUSED:
             assert sequence.lookahead.load is None
             assert held.keys <= steady_quota(parts, sequence).keys
+
+    def check_view(self, one: Running, row_table: list[int]) -> None:
+        """Who watches sees what attention sees: the blocks that the device's table names."""
+        view = view_of(one.sequence)
+        in_table = {idx for idx, row_id in enumerate(row_table) if row_id != NOT_RESIDENT}
+        assert blocks_of(view) == in_table
+        assert set(view.prefetched_block_idx) <= in_table
+        assert not in_table.intersection(view.loading_block_idx)
+        assert all(idx < view.num_blocks for idx in (*view.missed_block_idx, *view.loading_block_idx))
 
     def teardown(self) -> None:
         with self.stack:

@@ -132,9 +132,14 @@ class FakeWorker(DecodeWorkerServicer):
     requests: list[pb.GenerateRequest] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     cancelled: int = 0
+    shown: list[pb.WatchedSequence] = field(default_factory=list)
+    """What those who watch see; change it with `show`."""
+    watching: int = 0
+    watched: int = 0
 
     def __post_init__(self) -> None:
         self._server = grpc.aio.server()
+        self._changed = asyncio.Event()
         add_DecodeWorkerServicer_to_server(self, self._server)
 
     async def start(self, port: int = 0) -> None:
@@ -149,6 +154,26 @@ class FakeWorker(DecodeWorkerServicer):
 
     async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeReply:  # noqa: ARG002, N802
         """Load."""
+        return self._description()
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchFrame]:  # noqa: ARG002, N802
+        """What is shown, whenever it changes."""
+        self.watching += 1
+        self.watched += 1
+        try:
+            while True:
+                yield pb.WatchFrame(worker=self._description(), sequences=self.shown)
+                await self._changed.wait()
+        finally:
+            self.watching -= 1
+
+    def show(self, *sequences: pb.WatchedSequence) -> None:
+        """Those who watch get these."""
+        self.shown = list(sequences)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _description(self) -> pb.DescribeReply:
         return pb.DescribeReply(
             worker_id=self.worker_id,
             model_name=self.model_name,

@@ -22,9 +22,11 @@ from starlette.responses import Response
 from forepage.errors import DependencyError, ForepageError, RequestError
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
+from forepage.gateway.dashboard import PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
 from forepage.gateway.redis_workers import RedisWorkers
 from forepage.gateway.request_scope import RequestScopeMiddleware, request_scope
+from forepage.gateway.residency_feed import ResidencyFeed
 from forepage.gateway.routes import OPERATIONS, make_router
 from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
@@ -50,11 +52,15 @@ def create_app(
     app = FastAPI(title="forepage", version=version("forepage"), docs_url=None, redoc_url=None)
     starter = Starter(settings, tokenizer, wording, directory, telemetry)
     app.include_router(make_router(starter, admission))
+    if settings.dashboard:
+        feed = ResidencyFeed(directory, is_closed=lambda: admission.draining)
+        app.include_router(make_dashboard(feed, starter))
     app.add_middleware(
         AdmittedBodyMiddleware,
         admission=admission,
         max_body_bytes=settings.max_body_bytes,
         operations=OPERATIONS,
+        other_paths=frozenset({PASSAGES_PATH}),
         telemetry=telemetry,
     )
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost

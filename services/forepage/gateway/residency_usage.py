@@ -15,11 +15,18 @@ ResidencyUsage = dict[str, JsonValue | list[Report | None]]
 """The first choice's report; with several, all of them as `per_choice`."""
 MODE_PREFIX = "RESIDENCY_MODE_"
 SOURCE_PREFIX = "PLAN_SOURCE_"
+PHASE_PREFIX = "SEQUENCE_PHASE_"
 
 
 def residency_usage(report: pb.ResidencyReport) -> Report:
     """Every field by its name; what was not measured is None, a mode is its word."""
-    return {field.name: _plain(report, field) for field in report.DESCRIPTOR.fields}
+    return plain_words(report)
+
+
+def plain_words(message: pb.ResidencyReport | pb.DescribeReply | pb.WatchedSequence) -> Report:
+    """Every field of a flat message but bytes, by its name; what is unset is None, an enum is its word."""
+    fields = message.DESCRIPTOR.fields
+    return {field.name: _plain(message, field) for field in fields if field.type != field.TYPE_BYTES}
 
 
 def usage_of_choices(reports: Sequence[Report | None]) -> ResidencyUsage | None:
@@ -40,10 +47,11 @@ def residency_wish(fields: ResidencyFields | None) -> pb.Residency:
         plan_source=fields.plan_source and SOURCE_PREFIX + fields.plan_source.upper(),
         threshold=fields.threshold,
         audit=bool(fields.audit),
+        reads=bool(fields.reads),
     )
 
 
-def _plain(report: pb.ResidencyReport, field: Any) -> JsonValue:
+def _plain(report: Any, field: Any) -> JsonValue:
     if field.has_presence and not report.HasField(field.name):
         return None
     value = getattr(report, field.name)
@@ -59,5 +67,5 @@ def _plain(report: pb.ResidencyReport, field: Any) -> JsonValue:
 
 
 def _word(name: str) -> str:
-    """A mode or a source without what all of its kind begin with."""
-    return name.removeprefix(MODE_PREFIX).removeprefix(SOURCE_PREFIX).lower()
+    """A mode, source or phase without what all of its kind begin with."""
+    return name.removeprefix(MODE_PREFIX).removeprefix(SOURCE_PREFIX).removeprefix(PHASE_PREFIX).lower()

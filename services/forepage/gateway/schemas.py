@@ -67,6 +67,7 @@ class ResidencyFields(Fields):
     )
     threshold: float | None = Field(None, ge=0.0, le=1.0, description="an entry is wanted above this")
     audit: bool | None = Field(None, description="audit lookahead too, and report every audited step")
+    reads: bool | None = Field(None, description="report which blocks were read for the answer")
 
 
 class StreamOptions(Fields):

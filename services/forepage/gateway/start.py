@@ -94,7 +94,7 @@ class Starter:
     def _encode(self, body: GenerationBody, limit: int) -> list[int]:
         """Prompt ids. Runs in a thread: a million tokens take seconds."""
         if isinstance(body, ChatBody):
-            parts = self._layout(body)
+            parts = self.layout(body)
             texts = (part for part in parts if not isinstance(part, ControlToken))
             _refuse_hopeless(sum(map(self.tokenizer.least_tokens, texts)), limit, body)
             return encode_parts(parts, self.tokenizer)
@@ -112,7 +112,8 @@ class Starter:
                     f"token ids of this model are below {self.tokenizer.vocab_size}", f"{field}[{index}]"
                 )
 
-    def _layout(self, body: ChatBody) -> list[Part]:
+    def layout(self, body: ChatBody) -> list[Part]:
+        """Texts and control tokens of the prompt. Raises: RequestError naming a field that gives none."""
         conversation = conversation_of(body)
         parts = chat_parts(conversation, self.wording)
         field = missing_token(conversation, self.tokenizer)

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import grpc
@@ -18,6 +19,8 @@ from forepage.telemetry import outgoing_metadata
 
 MAX_SLOW_POLLS = 5
 """Describe calls in a row that may time out before a worker counts as gone: it may be busy in a step."""
+WATCH_TIMEOUT_S = 3600.0
+"""After this a watch ends, and whoever still watches begins anew."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,17 @@ class WorkerClient:
         stream = WorkerStream(call, self)
         self._streams.add(stream)
         return stream
+
+    async def watch(self) -> AsyncGenerator[pb.WatchFrame]:
+        """Snapshots of what its sequences hold. Raises: the typed error that ended them."""
+        call = self._stub.Watch(pb.WatchRequest(), timeout=WATCH_TIMEOUT_S)
+        try:
+            async for frame in call:
+                yield frame
+        except grpc.aio.AioRpcError as failure:
+            raise error_of_call(failure, what=f"worker {self.load.worker_id}") from failure
+        finally:
+            call.cancel()
 
     def forget(self, stream: "WorkerStream") -> None:
         """A stream was closed."""

@@ -93,6 +93,10 @@ class WorkerDirectory:
                 found[served.model_name] = max(best, served, key=lambda item: item.max_context_tokens)
         return [found[name] for name in sorted(found)]
 
+    def listed(self) -> list[WorkerClient]:
+        """Every worker that the source names, reachable or not."""
+        return [worker for worker in self._workers.values() if worker.wanted]
+
     def workers_for(self, model: str) -> list[WorkerClient]:
         """Workers that take requests for `model`.
 

@@ -151,6 +151,11 @@ class RecallEstimate:
         return tuple(self._recalls)
 
     @property
+    def newest(self) -> float | None:
+        """The recall of the step that was added last."""
+        return self._recalls[-1] if self._recalls else None
+
+    @property
     def mean(self) -> float | None:
         """Mean recall of an audited step, each step counting the same."""
         return math.fsum(self._recalls) / len(self._recalls) if self._recalls else None

@@ -125,8 +125,9 @@ def _announcement(settings: Settings, *, model: str) -> str:
     ports = {role: getattr(settings, role).metrics_port for role in _METRICS_ROLES}
     others = [f"{role} http://127.0.0.1:{number}/metrics" for role, number in ports.items() if number]
     more = "; ".join(others) or "other processes: set FOREPAGE_<ROLE>__METRICS_PORT"
+    page = " (in a browser: what is resident, and a box to ask)" if settings.gateway.dashboard else ""
     return (
-        f"\nforepage is up at {url}\n\n"
+        f"\nforepage is up at {url}{page}\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
         f"metrics: {url}/metrics ({more})\nCtrl-C stops everything.\n"
     )

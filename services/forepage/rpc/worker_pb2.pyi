@@ -20,6 +20,17 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class SequencePhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEQUENCE_PHASE_UNSPECIFIED: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_WAITING: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_GRANTING: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_LOADING: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_PREFILL: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_FIRST_PLAN: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_DECODE: _ClassVar[SequencePhase]
+    SEQUENCE_PHASE_PAUSED: _ClassVar[SequencePhase]
 RESIDENCY_MODE_UNSPECIFIED: ResidencyMode
 RESIDENCY_MODE_FULL: ResidencyMode
 RESIDENCY_MODE_LOOKAHEAD: ResidencyMode
@@ -28,6 +39,14 @@ RESIDENCY_MODE_EXACT: ResidencyMode
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+SEQUENCE_PHASE_UNSPECIFIED: SequencePhase
+SEQUENCE_PHASE_WAITING: SequencePhase
+SEQUENCE_PHASE_GRANTING: SequencePhase
+SEQUENCE_PHASE_LOADING: SequencePhase
+SEQUENCE_PHASE_PREFILL: SequencePhase
+SEQUENCE_PHASE_FIRST_PLAN: SequencePhase
+SEQUENCE_PHASE_DECODE: SequencePhase
+SEQUENCE_PHASE_PAUSED: SequencePhase
 
 class Tool(_message.Message):
     __slots__ = ("name", "parameters")
@@ -74,20 +93,22 @@ class Sampling(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ..., logprobs: bool = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., json_schema: _Optional[str] = ..., free_until_token_id: _Optional[int] = ..., forced_tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., max_calls: _Optional[int] = ...) -> None: ...
 
 class Residency(_message.Message):
-    __slots__ = ("mode", "min_recall", "budget_blocks", "plan_source", "threshold", "audit")
+    __slots__ = ("mode", "min_recall", "budget_blocks", "plan_source", "threshold", "audit", "reads")
     MODE_FIELD_NUMBER: _ClassVar[int]
     MIN_RECALL_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PLAN_SOURCE_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
     mode: ResidencyMode
     min_recall: float
     budget_blocks: int
     plan_source: _index_pb2.PlanSource
     threshold: float
     audit: bool
-    def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., threshold: _Optional[float] = ..., audit: bool = ...) -> None: ...
+    reads: bool
+    def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., threshold: _Optional[float] = ..., audit: bool = ..., reads: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos")
@@ -158,7 +179,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., residency: _Optional[_Union[ResidencyReport, _Mapping]] = ...) -> None: ...
 
 class ResidencyReport(_message.Message):
-    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits", "plan_source", "footprint_flash", "chosen_blocks_mean", "evidence_recall_steps", "resident_block_idx")
+    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits", "plan_source", "footprint_flash", "chosen_blocks_mean", "evidence_recall_steps", "resident_block_idx", "read_block_idx", "read_mass")
     MODE_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     MODE_FINAL_FIELD_NUMBER: _ClassVar[int]
     FULL_BY_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +224,8 @@ class ResidencyReport(_message.Message):
     CHOSEN_BLOCKS_MEAN_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_RECALL_STEPS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    READ_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    READ_MASS_FIELD_NUMBER: _ClassVar[int]
     mode_requested: ResidencyMode
     mode_final: ResidencyMode
     full_by_size: bool
@@ -247,7 +270,9 @@ class ResidencyReport(_message.Message):
     chosen_blocks_mean: float
     evidence_recall_steps: _containers.RepeatedScalarFieldContainer[float]
     resident_block_idx: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., footprint_flash: _Optional[float] = ..., chosen_blocks_mean: _Optional[float] = ..., evidence_recall_steps: _Optional[_Iterable[float]] = ..., resident_block_idx: _Optional[_Iterable[int]] = ...) -> None: ...
+    read_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    read_mass: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., footprint_flash: _Optional[float] = ..., chosen_blocks_mean: _Optional[float] = ..., evidence_recall_steps: _Optional[_Iterable[float]] = ..., resident_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., read_mass: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")
@@ -300,3 +325,67 @@ class DescribeReply(_message.Message):
     slots_free: int
     arena_slots_held: int
     def __init__(self, worker_id: _Optional[str] = ..., model_name: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., default_mode: _Optional[_Union[ResidencyMode, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., max_running: _Optional[int] = ..., row_blocks_free: _Optional[int] = ..., row_blocks_total: _Optional[int] = ..., key_blocks_free: _Optional[int] = ..., key_blocks_total: _Optional[int] = ..., device: _Optional[str] = ..., draining: bool = ..., slots_free: _Optional[int] = ..., arena_slots_held: _Optional[int] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("interval_ms",)
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    interval_ms: int
+    def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
+
+class WatchFrame(_message.Message):
+    __slots__ = ("worker", "sequences")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    worker: DescribeReply
+    sequences: _containers.RepeatedCompositeFieldContainer[WatchedSequence]
+    def __init__(self, worker: _Optional[_Union[DescribeReply, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[WatchedSequence, _Mapping]]] = ...) -> None: ...
+
+class WatchedSequence(_message.Message):
+    __slots__ = ("request_id", "phase", "mode", "prompt_tokens", "cached_tokens", "processed_tokens", "generated_tokens", "num_blocks", "pinned_from", "resident", "loading_block_idx", "prefetched_block_idx", "missed_block_idx", "read_block_idx", "budget_blocks", "interval", "evidence_recall", "prefetch_latency_ms", "kv_footprint", "late_plans", "escalations", "prefetch_bytes", "demand_bytes")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FROM_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    LOADING_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHED_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    MISSED_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    READ_BLOCK_IDX_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    EVIDENCE_RECALL_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_LATENCY_MS_FIELD_NUMBER: _ClassVar[int]
+    KV_FOOTPRINT_FIELD_NUMBER: _ClassVar[int]
+    LATE_PLANS_FIELD_NUMBER: _ClassVar[int]
+    ESCALATIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEMAND_BYTES_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    phase: SequencePhase
+    mode: ResidencyMode
+    prompt_tokens: int
+    cached_tokens: int
+    processed_tokens: int
+    generated_tokens: int
+    num_blocks: int
+    pinned_from: int
+    resident: bytes
+    loading_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    prefetched_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    missed_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    read_block_idx: _containers.RepeatedScalarFieldContainer[int]
+    budget_blocks: int
+    interval: int
+    evidence_recall: float
+    prefetch_latency_ms: float
+    kv_footprint: float
+    late_plans: int
+    escalations: int
+    prefetch_bytes: int
+    demand_bytes: int
+    def __init__(self, request_id: _Optional[str] = ..., phase: _Optional[_Union[SequencePhase, str]] = ..., mode: _Optional[_Union[ResidencyMode, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., pinned_from: _Optional[int] = ..., resident: _Optional[bytes] = ..., loading_block_idx: _Optional[_Iterable[int]] = ..., prefetched_block_idx: _Optional[_Iterable[int]] = ..., missed_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., budget_blocks: _Optional[int] = ..., interval: _Optional[int] = ..., evidence_recall: _Optional[float] = ..., prefetch_latency_ms: _Optional[float] = ..., kv_footprint: _Optional[float] = ..., late_plans: _Optional[int] = ..., escalations: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., demand_bytes: _Optional[int] = ...) -> None: ...

@@ -44,6 +44,11 @@ class DecodeWorkerStub(object):
                 request_serializer=forepage_dot_rpc_dot_worker__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=forepage_dot_rpc_dot_worker__pb2.DescribeReply.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/forepage.rpc.v1.DecodeWorker/Watch',
+                request_serializer=forepage_dot_rpc_dot_worker__pb2.WatchRequest.SerializeToString,
+                response_deserializer=forepage_dot_rpc_dot_worker__pb2.WatchFrame.FromString,
+                _registered_method=True)
 
 
 class DecodeWorkerServicer(object):
@@ -62,6 +67,13 @@ class DecodeWorkerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """What every sequence holds on the device, one snapshot after the other; made only while somebody watches.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=forepage_dot_rpc_dot_worker__pb2.DescribeRequest.FromString,
                     response_serializer=forepage_dot_rpc_dot_worker__pb2.DescribeReply.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=forepage_dot_rpc_dot_worker__pb2.WatchRequest.FromString,
+                    response_serializer=forepage_dot_rpc_dot_worker__pb2.WatchFrame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,33 @@ class DecodeWorker(object):
             '/forepage.rpc.v1.DecodeWorker/Describe',
             forepage_dot_rpc_dot_worker__pb2.DescribeRequest.SerializeToString,
             forepage_dot_rpc_dot_worker__pb2.DescribeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/forepage.rpc.v1.DecodeWorker/Watch',
+            forepage_dot_rpc_dot_worker__pb2.WatchRequest.SerializeToString,
+            forepage_dot_rpc_dot_worker__pb2.WatchFrame.FromString,
             options,
             channel_credentials,
             insecure,

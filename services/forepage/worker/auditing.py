@@ -80,6 +80,7 @@ class Auditing:
         report, telemetry = sequence.report, self._parts.telemetry
         report.audited_positions.add(position)
         report.audited_layers += len(verdicts)
+        sequence.lookahead.missed = frozenset(idx for idx, _ in _missing(verdicts))
         recall = report.recall.add_step(
             num_evidence=sum(v.num_evidence for v in verdicts),
             num_evidence_resident=sum(v.num_evidence_resident for v in verdicts),

@@ -99,7 +99,7 @@ class Decode:
             position=sequence.num_launched,
             token=None if sequence.num_unread else sequence.tokens[-1],
             sampling=sequence.sampling_row(sequence.num_launched + 1),
-            wants_tap=self._lookahead.wants_tap(sequence, step),
+            wants_tap=sequence.request.reads or self._lookahead.wants_tap(sequence, step),
             pulls=bool(sequence.holds.staging_ids),
         )
 
@@ -147,8 +147,11 @@ class Decode:
 
     def _look_ahead(self, sequence: Sequence, step: LaunchedStep, row: int) -> None:
         """A step whose scores can't be audited (not finite) ends its own request, not the worker."""
+        tap = step.tap(row)
+        if sequence.report.reads is not None:
+            sequence.report.reads.add_step(tap.indexer, tap.row)
         try:
-            self._lookahead.after_step(sequence, step.tap(row))
+            self._lookahead.after_step(sequence, tap)
         except IntegrityError:
             raise
         except ForepageError as error:

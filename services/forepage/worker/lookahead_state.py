@@ -66,7 +66,8 @@ class LookaheadState:
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
     `repair_since` is the audited position a repair under way is for; audits of positions before
-    `audits_from` saw the set from before the last one.
+    `audits_from` saw the set from before the last one. For who watches: `just_loaded` are the blocks that
+    the newest change brought, `missed` those that held evidence and were absent at the newest audited step.
     """
 
     interval: int = -1
@@ -81,4 +82,6 @@ class LookaheadState:
     repair_since: int | None = None
     audits_from: int = 0
     want_exact: bool = False
+    just_loaded: frozenset[int] = frozenset()
+    missed: frozenset[int] = frozenset()
     load: LoadUnderWay | None = None

@@ -11,16 +11,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
 from forepage.coldpool.client import Reattached
-from forepage.errors import (
-    CapacityError,
-    DependencyError,
-    ForepageError,
-    IntegrityError,
-)
+from forepage.errors import CapacityError, DependencyError, ForepageError, IntegrityError
 from forepage.model.rank_group import RankLostError
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
@@ -39,6 +35,7 @@ from forepage.worker.quota import shrink_promise
 from forepage.worker.residency import Residency
 from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Phase, Sequence
+from forepage.worker.watching import give_views
 from forepage.worker.write_back import WriteBack
 
 IDLE_S = 0.25
@@ -98,6 +95,12 @@ class Loop:
     def take_reattached(self, news: Reattached) -> None:
         """The cold pool manager restarted (any thread): what it lost is lost to the sequences too."""
         self.post(lambda: self._on_reattached(news))
+
+    def watch(self) -> Future[list[pb.WatchedSequence]]:
+        """What every sequence holds, seen between two steps (any thread)."""
+        future: Future[list[pb.WatchedSequence]] = Future()
+        self.post(lambda: give_views(future, self._live.values()))
+        return future
 
     def stop(self, timeout_s: float) -> None:
         """End every sequence with an error, then the thread."""

@@ -71,7 +71,10 @@ class Prefill:
         set_attributes(sequence.stage_span, input_tokens=prompt, cached_tokens=sequence.cached_tokens)
         sequence.stage_span.end()
         sequence.stage_span = None
-        return PrefillEnd(output.logits, StepTap(output.hidden[0], output.indexer, 0))
+        tap = StepTap(output.hidden[0], output.indexer, 0)
+        if sequence.report.reads is not None:
+            sequence.report.reads.add_step(tap.indexer, tap.row)
+        return PrefillEnd(output.logits, tap)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Blocks for every token up to `num_tokens`; all of them were promised."""

@@ -6,6 +6,7 @@ from forepage.kv.evidence import RecallEstimate
 from forepage.kv.geometry import V4_FLASH, KvGeometry
 from forepage.kv.resident_set import ResidentSet
 from forepage.rpc import worker_pb2 as pb
+from forepage.worker.reads import Reads
 from forepage.worker.request import PROTO_OF_MODE, PROTO_OF_SOURCE, Request
 
 
@@ -16,12 +17,14 @@ class Mean:
     total: float = 0.0
     count: int = 0
     largest: float = 0.0
+    newest: float | None = None
 
     def add(self, value: float) -> None:
         """One more value."""
         self.total += value
         self.count += 1
         self.largest = max(self.largest, value)
+        self.newest = value
 
     @property
     def value(self) -> float | None:
@@ -115,6 +118,8 @@ class Report:
     chosen: Mean = field(default_factory=Mean)
     seen_blocks: set[int] | None = None
     """Every block that was resident at a paged step; None: not asked for."""
+    reads: Reads | None = None
+    """Which blocks were read; None: not asked for."""
 
     def add_step(self, view: StepView) -> None:
         """What one decode step had on the device."""
@@ -193,4 +198,8 @@ class Report:
         ):
             if value is not None:
                 setattr(report, name, value)
+        if self.reads is not None:
+            for block_idx, mass in self.reads.mean_mass():
+                report.read_block_idx.append(block_idx)
+                report.read_mass.append(mass)
         return report

@@ -51,6 +51,8 @@ class Request:
     """An entry is wanted above this; None: as the index is set."""
     audit: bool = False
     """Audit whatever the mode, and report each audited step."""
+    reads: bool = False
+    """Report which blocks were read for the answer."""
 
     @property
     def total_tokens(self) -> int:
@@ -102,6 +104,7 @@ class Request:
             plan_source=SOURCE_OF_PROTO.get(residency.plan_source, PlanSource.MEMORY_INDEXER),
             threshold=residency.threshold if residency.HasField("threshold") else None,
             audit=residency.audit,
+            reads=residency.reads,
         )
 
 

@@ -50,6 +50,7 @@ class Residency:
             desired = list(current.items())
         state.desired = None
         state.repair_due = state.rebalance_due = False
+        state.just_loaded = frozenset()
         change = plan_residency(
             [*desired, *_repairs(state.repair, int(sequence.guard.budget_blocks * REPAIR_SHARE))],
             current,
@@ -143,6 +144,7 @@ class Residency:
         self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
         if sequence.keeps_keys and sequence.resident.keys_complete:
             self.enter_exact(sequence)
+        sequence.lookahead.just_loaded |= load.row_ids.keys()
         self._full_by_room.on_commit(sequence)
         shrink_promise(self._parts, sequence)
         self._trace(load, done_ns, start_ns)

@@ -31,6 +31,7 @@ from forepage.worker.arena_access import Grant
 from forepage.worker.constraint import Constraint
 from forepage.worker.host_copy import HostCopy
 from forepage.worker.lookahead_state import LookaheadState
+from forepage.worker.reads import Reads
 from forepage.worker.report import Report
 from forepage.worker.request import Request
 from forepage.worker.sampler import Row
@@ -168,7 +169,9 @@ class Sequence:
             clean_intervals=settings.clean_intervals,
         )
         seen = set(request.prompt) if request.sampling.has_penalty else set()
-        report = Report(seen_blocks=set() if request.audit else None)
+        report = Report(
+            seen_blocks=set() if request.audit else None, reads=Reads() if request.reads else None
+        )
         return cls(request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen, report=report)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 from opentelemetry.trace import SpanKind
 
-from forepage.errors import DependencyError, ForepageError
+from forepage.errors import CapacityError, DependencyError, ForepageError
 from forepage.frames import WorkerFrame
 from forepage.kv.prefix_hash import PrefixHasher
 from forepage.rpc import worker_pb2 as pb
@@ -23,6 +23,9 @@ from forepage.worker.request import PROTO_OF_MODE, Request
 from forepage.worker.sequence import Sequence
 
 IDLE_POLL_S = 0.05
+WATCH_EVERY_S = 0.2
+"""Snapshots for one who watches come no faster than this."""
+MAX_WATCHING = 16
 
 
 class DecodeWorker(rpc.DecodeWorkerServicer):
@@ -46,6 +49,7 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         self._eos = eos
         self._outbox = Outbox(asyncio.get_running_loop())
         self.draining = False
+        self._num_watching = 0
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -86,6 +90,40 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
     ) -> pb.DescribeReply:
         """Who this is and how busy."""
+        return self._description()
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.WatchFrame]:
+        """What every sequence holds, until the caller leaves; a snapshot that equals the last is not sent."""
+        if self._num_watching >= MAX_WATCHING:
+            await abort(context, CapacityError(f"{MAX_WATCHING} already watch this worker", None, 5.0))
+        self._num_watching += 1
+        try:
+            last: pb.WatchFrame | None = None
+            while (views := await self._views()) is not None:
+                frame = pb.WatchFrame(worker=self._description(), sequences=views)
+                if frame != last:
+                    yield frame
+                last = frame
+                await asyncio.sleep(max(WATCH_EVERY_S, request.interval_ms / 1e3))
+        finally:
+            self._num_watching -= 1
+        await abort(context, DependencyError("this worker has stopped", None, 1.0))
+
+    async def _views(self) -> list[pb.WatchedSequence] | None:
+        """The loop's next snapshot; None once it takes no more messages."""
+        asked = asyncio.wrap_future(self._loop.watch())
+        try:
+            while self._loop.broken is None and (self._loop.is_running or not self.draining):
+                done, _ = await asyncio.wait({asked}, timeout=WATCH_EVERY_S)
+                if done:
+                    return asked.result()
+            return None
+        finally:
+            asked.cancel()
+
+    def _description(self) -> pb.DescribeReply:
         blocks, settings = self._parts.blocks, self._parts.settings
         return pb.DescribeReply(
             worker_id=self._identity.worker_id,

@@ -1,0 +1,100 @@
+"""The page at `/`: what is resident, live, and a box to ask; its files, its feed, its passages.
+
+The files are public, as they hold nothing. What the page shows comes from two endpoints that pass through
+`access`: a dependency that raises AuthenticationError where API keys are configured.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+from fastapi import APIRouter, Depends, Request, Response
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from forepage.gateway.chat_schemas import ChatBody
+from forepage.gateway.passages import Passages, passages
+from forepage.gateway.residency_feed import BLOCK_TOKENS, ResidencyFeed
+from forepage.gateway.start import Starter
+
+Access = Callable[[Request], Awaitable[None]]
+
+FEED_PATH, PASSAGES_PATH = "/dashboard/feed", "/dashboard/passages"
+FOLDER = Path(__file__).parent
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+PING_S = 15
+SEND_TIMEOUT_S = 20.0
+"""A page that takes nothing for this long is gone."""
+LINE_END = "\n"
+
+
+async def everybody(_: Request) -> None:
+    """Without API keys everybody may watch."""
+
+
+def make_dashboard(feed: ResidencyFeed, starter: Starter, *, access: Access = everybody) -> APIRouter:
+    """Every route of the page. None is part of the API: the schema does not list them."""
+    router = APIRouter(include_in_schema=False)
+    for path in sorted(FOLDER.iterdir()):
+        if path.suffix in MEDIA_TYPES:
+            url = "/" if path.suffix == ".html" else f"/dashboard/{path.name}"
+            router.add_api_route(url, _file(path), methods=["GET"])
+
+    @router.get(FEED_PATH, dependencies=[Depends(access)])
+    async def watch() -> EventSourceResponse:
+        """Snapshots of what is resident, as events."""
+        feed.check_room()
+        return EventSourceResponse(
+            _events(feed),
+            ping=PING_S,
+            sep=LINE_END,
+            send_timeout=SEND_TIMEOUT_S,
+            headers={"cache-control": "no-store", "x-content-type-options": "nosniff"},
+        )
+
+    @router.post(PASSAGES_PATH, dependencies=[Depends(access)])
+    async def passages_of(body: ChatBody) -> Passages:
+        """Where the blocks of this conversation's prompt lie in its last message."""
+
+        def measure() -> Passages:
+            text = "".join(body.messages[-1].texts or ())
+            return passages(starter.layout(body), text, starter.tokenizer, block_tokens=BLOCK_TOKENS)
+
+        return await asyncio.to_thread(measure)
+
+    return router
+
+
+async def _events(feed: ResidencyFeed) -> AsyncIterator[ServerSentEvent]:
+    async with aclosing(feed.frames()) as frames:
+        async for frame in frames:
+            yield ServerSentEvent(data=json.dumps(frame, separators=(",", ":")), sep=LINE_END)
+
+
+def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    body = path.read_bytes()
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = PAGE_HEADERS | {"etag": etag, "content-type": MEDIA_TYPES[path.suffix]}
+
+    async def file(request: Request) -> Response:
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(body, headers=headers)
+
+    return file
