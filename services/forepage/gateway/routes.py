@@ -1,7 +1,6 @@
 """The endpoints: bodies in, answers out; what happens between is in `start` and `answering`."""
 
 import time
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,6 +18,7 @@ from forepage.gateway.request_scope import RequestScope, request_scope
 from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
 from forepage.gateway.start import Starter, reading_of
+from forepage.release import release_version
 from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import SpanName, fail_span
 
@@ -65,6 +65,16 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
         """This process answers."""
         return {"status": "live"}
 
+    @router.get("/ping")
+    async def ping() -> dict[str, str]:
+        """This process answers, by the name that hosting platforms probe."""
+        return {"status": "live"}
+
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """Generations that this gateway runs now, and the most that it takes."""
+        return {"running": admission.running, "max_running": admission.max_running}
+
     @router.get("/health/ready", responses={503: {"description": "draining, or no worker"}})
     async def ready() -> JSONResponse:
         """Whether requests are taken: a worker can be reached, and we are not draining."""
@@ -82,7 +92,7 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
     @router.get("/version")
     async def show_version() -> dict[str, str]:
         """The version of forepage."""
-        return {"version": version("forepage")}
+        return {"version": release_version()}
 
     return router
 
