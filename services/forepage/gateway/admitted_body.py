@@ -1,4 +1,4 @@
-"""Admits a generation before its body is read, and reads the body within its bound.
+"""Admits a request that costs time before its body is read, and reads the body within its bound.
 
 Slots come first, so that waiting bodies can't fill the memory; the slot is held until the answer is out.
 """
@@ -19,7 +19,7 @@ BODY_TIMEOUT_S = 120.0
 
 
 class AdmittedBodyMiddleware:
-    """Guards the POST paths in `operations`; everything else passes."""
+    """Guards the POST paths in `operations` (named in metrics) and `other_paths`; the rest passes."""
 
     def __init__(
         self,
@@ -28,21 +28,23 @@ class AdmittedBodyMiddleware:
         admission: Admission,
         max_body_bytes: int,
         operations: Mapping[str, str],
+        other_paths: frozenset[str],
         telemetry: Telemetry,
     ) -> None:
         self._app = app
         self._admission = admission
         self._max_bytes = max_body_bytes
         self._operations = operations
+        self._paths = other_paths | operations.keys()
         self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises: RateLimitError, DependencyError (draining), BodyTooLargeError, ClientGoneError."""
-        operation = self._operations.get(scope.get("path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or operation is None:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in self._paths:
             await self._app(scope, receive, send)
             return
-        request_scope(scope).operation = operation
+        request_scope(scope).operation = self._operations.get(path)
         with self._admission.slot():
             self._telemetry.move(MetricName.REQUESTS_RUNNING, 1)
             try:

@@ -24,7 +24,7 @@ from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
 from forepage.gateway.redis_workers import RedisWorkers
 from forepage.gateway.request_scope import RequestScopeMiddleware, request_scope
-from forepage.gateway.routes import OPERATIONS, make_router
+from forepage.gateway.routes import OPERATIONS, TOKENIZER_PATHS, make_router
 from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
 from forepage.release import release_version
@@ -55,6 +55,7 @@ def create_app(
         admission=admission,
         max_body_bytes=settings.max_body_bytes,
         operations=OPERATIONS,
+        other_paths=TOKENIZER_PATHS,
         telemetry=telemetry,
     )
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost

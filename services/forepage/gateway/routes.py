@@ -18,6 +18,7 @@ from forepage.gateway.request_scope import RequestScope, request_scope
 from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
 from forepage.gateway.start import Starter, reading_of
+from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
 from forepage.release import release_version
 from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import SpanName, fail_span
@@ -25,6 +26,8 @@ from forepage.telemetry import SpanName, fail_span
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}
 """Paths that generate, by the operation names of the GenAI conventions."""
+TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
+TOKENIZER_PATHS = frozenset({TOKENIZE_PATH, DETOKENIZE_PATH})
 
 _EVENTS = {"schema": {"type": "string", "description": "with stream: true, events of chunks, then [DONE]"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
@@ -48,6 +51,16 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
     async def completions(request: Request, body: TextBody) -> Response:
         """Continue a text or token ids."""
         return await _answer(starter, request, body, TextShape)
+
+    @router.post(TOKENIZE_PATH, responses=_ERRORS)
+    async def tokenize(body: TokenizeBody) -> Tokens:
+        """Token ids of a text."""
+        return await starter.tokenize(body)
+
+    @router.post(DETOKENIZE_PATH, responses=_ERRORS)
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
+        """The text of token ids."""
+        return await starter.detokenize(body)
 
     @router.get("/v1/models")
     async def models() -> ModelList:

@@ -17,6 +17,7 @@ from forepage.gateway.generation import Generation, Reading
 from forepage.gateway.residency_usage import residency_wish
 from forepage.gateway.routing import rank_workers
 from forepage.gateway.schemas import GenerationBody, TextBody
+from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
 from forepage.gateway.worker_client import WorkerClient, WorkerStream
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.rpc import worker_pb2 as pb
@@ -90,6 +91,19 @@ class Starter:
                     reading=reading,
                 )
         raise DependencyError("no decode worker can be reached; try again", retry_after_s=2.0)
+
+    async def tokenize(self, body: TokenizeBody) -> Tokens:
+        """Ids of a text, which may be longer than the context. Raises: as `prepare`."""
+        limit = max(_context_of(worker) for worker in self.directory.workers_for(body.model))
+        ids = await asyncio.to_thread(self.tokenizer.encode_text, body.prompt)
+        return Tokens(tokens=ids, count=len(ids), max_model_len=limit)
+
+    async def detokenize(self, body: DetokenizeBody) -> Detokenized:
+        """The text of ids. Raises: as `prepare`."""
+        self.directory.workers_for(body.model)
+        self._check_tokens(body.tokens, "tokens")
+        text = await asyncio.to_thread(self.tokenizer.decode_bytes, body.tokens)
+        return Detokenized(prompt=text.decode(errors="replace"))
 
     def _encode(self, body: GenerationBody, limit: int) -> list[int]:
         """Prompt ids. Runs in a thread: a million tokens take seconds."""
