@@ -135,6 +135,7 @@ async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) ->
     requests, workers = await starter.prepare(body)
     scope.model = body.model
     reading = reading_of(body)
+    deadline_s = scope.started_s + starter.life_s(body)
 
     async def start(request: pb.GenerateRequest) -> Generation:
         span = starter.telemetry.start_span(
@@ -146,7 +147,7 @@ async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) ->
             request_id=scope.request_id,
         )
         scope.stack.callback(_end_span, span, scope)
-        generation = await starter.start(request, workers, reading=reading, span=span)
+        generation = await starter.start(request, workers, reading=reading, span=span, deadline_s=deadline_s)
         scope.stack.callback(
             generation.close,
             starter.telemetry,
