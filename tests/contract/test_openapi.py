@@ -59,6 +59,10 @@ def test_every_endpoint_is_there(document: dict[str, Any]) -> None:
         ("/health/ready", "get"),
         ("/metrics", "get"),
         ("/version", "get"),
+        ("/tokenize", "post"),
+        ("/detokenize", "post"),
+        ("/ping", "get"),
+        ("/load", "get"),
     }
 
 

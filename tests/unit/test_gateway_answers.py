@@ -183,5 +183,14 @@ async def test_models_health_and_version(start_worker: StartWorker, open_gateway
     assert model["max_model_len"] == 1000
     assert (await client.get("/health/live")).json() == {"status": "live"}
     assert (await client.get("/health/ready")).json() == {"status": "ready"}
+    assert (await client.get("/ping")).json() == {"status": "live"}
     assert (await client.get("/version")).json()["version"]
     assert "python_info" in (await client.get("/metrics")).text
+
+
+async def test_load_counts_what_runs(start_worker: StartWorker, open_gateway: OpenGateway) -> None:
+    gateway = await open_gateway(await start_worker())
+    most = gateway.admission.max_running
+    with gateway.admission.slot():
+        assert (await gateway.client.get("/load")).json() == {"running": 1, "max_running": most}
+    assert (await gateway.client.get("/load")).json() == {"running": 0, "max_running": most}

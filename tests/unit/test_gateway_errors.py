@@ -347,6 +347,36 @@ async def test_deadline_is_a_504(start_worker: StartWorker, open_gateway: OpenGa
     await until(lambda: worker.cancelled == 1)
 
 
+@pytest.mark.parametrize("timeout_s", [0.2, 1e-9])
+async def test_a_requests_own_deadline_is_a_504_that_frees_its_slot(
+    start_worker: StartWorker, open_gateway: OpenGateway, timeout_s: float
+) -> None:
+    worker = await start_worker(script=silent)
+    gateway = await open_gateway(worker)
+    reply = await gateway.client.post("/v1/chat/completions", json=chat(timeout_s=timeout_s))
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+    assert "timeout_s" in str(error_of(reply)["message"])
+    assert gateway.admission.running == 0
+    await until(lambda: worker.cancelled == len(worker.requests))
+
+
+async def test_a_request_cannot_outlive_the_servers_bound(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    gateway = await open_gateway(await start_worker(script=silent), request_timeout_s=0.2)
+    reply = await gateway.client.post("/v1/chat/completions", json=chat(timeout_s=3600))
+    assert (reply.status_code, error_of(reply)["code"]) == (504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, "1"])
+async def test_deadline_that_is_none_is_refused(
+    start_worker: StartWorker, open_gateway: OpenGateway, timeout_s: object
+) -> None:
+    gateway = await open_gateway(await start_worker())
+    reply = await gateway.client.post("/v1/chat/completions", json=chat(timeout_s=timeout_s))
+    assert (reply.status_code, error_of(reply)["param"]) == (400, "timeout_s")
+
+
 async def test_bug_is_a_500_without_details(
     start_worker: StartWorker, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

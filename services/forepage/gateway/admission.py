@@ -14,7 +14,7 @@ class Admission:
     """Slots for generations; one request holds one until its answer is out."""
 
     def __init__(self, max_running: int) -> None:
-        self._max_running = max_running
+        self.max_running = max_running
         self._idle = asyncio.Event()
         self._idle.set()
         self.running = 0
@@ -25,9 +25,9 @@ class Admission:
         """Hold a slot. Raises: RateLimitError when all are taken, DependencyError while draining."""
         if self.draining:
             raise DependencyError("this gateway is shutting down; try again", retry_after_s=1.0)
-        if self.running >= self._max_running:
+        if self.running >= self.max_running:
             raise RateLimitError(
-                f"{self._max_running} requests are running, the most this gateway takes; try again",
+                f"{self.max_running} requests are running, the most this gateway takes; try again",
                 retry_after_s=1.0,
             )
         self.running += 1

@@ -10,7 +10,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from importlib.metadata import version
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,9 +26,10 @@ from forepage.gateway.http_errors import MethodError, RouteError, error_of_valid
 from forepage.gateway.redis_workers import RedisWorkers
 from forepage.gateway.request_scope import RequestScopeMiddleware, request_scope
 from forepage.gateway.residency_feed import ResidencyFeed
-from forepage.gateway.routes import OPERATIONS, make_router
+from forepage.gateway.routes import OPERATIONS, TOKENIZER_PATHS, make_router
 from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
+from forepage.release import release_version
 from forepage.settings import GatewaySettings, Settings, SettingsError
 from forepage.telemetry import Telemetry, open_logs, open_telemetry
 from forepage.text.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def create_app(
     telemetry: Telemetry,
 ) -> FastAPI:
     """The ASGI app; the caller owns and closes the parts."""
-    app = FastAPI(title="forepage", version=version("forepage"), docs_url=None, redoc_url=None)
+    app = FastAPI(title="forepage", version=release_version(), docs_url=None, redoc_url=None)
     starter = Starter(settings, tokenizer, wording, directory, telemetry)
     app.include_router(make_router(starter, admission))
     if settings.dashboard:
@@ -60,7 +60,7 @@ def create_app(
         admission=admission,
         max_body_bytes=settings.max_body_bytes,
         operations=OPERATIONS,
-        other_paths=frozenset({PASSAGES_PATH}),
+        other_paths=TOKENIZER_PATHS | {PASSAGES_PATH},
         telemetry=telemetry,
     )
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost

@@ -1,7 +1,6 @@
 """The endpoints: bodies in, answers out; what happens between is in `start` and `answering`."""
 
 import time
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,12 +18,16 @@ from forepage.gateway.request_scope import RequestScope, request_scope
 from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
 from forepage.gateway.start import Starter, reading_of
+from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
+from forepage.release import release_version
 from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import SpanName, fail_span
 
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}
 """Paths that generate, by the operation names of the GenAI conventions."""
+TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
+TOKENIZER_PATHS = frozenset({TOKENIZE_PATH, DETOKENIZE_PATH})
 
 _EVENTS = {"schema": {"type": "string", "description": "with stream: true, events of chunks, then [DONE]"}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
@@ -49,6 +52,16 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
         """Continue a text or token ids."""
         return await _answer(starter, request, body, TextShape)
 
+    @router.post(TOKENIZE_PATH, responses=_ERRORS)
+    async def tokenize(body: TokenizeBody) -> Tokens:
+        """Token ids of a text."""
+        return await starter.tokenize(body)
+
+    @router.post(DETOKENIZE_PATH, responses=_ERRORS)
+    async def detokenize(body: DetokenizeBody) -> Detokenized:
+        """The text of token ids."""
+        return await starter.detokenize(body)
+
     @router.get("/v1/models")
     async def models() -> ModelList:
         """The models that some worker serves."""
@@ -64,6 +77,16 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
     async def live() -> dict[str, str]:
         """This process answers."""
         return {"status": "live"}
+
+    @router.get("/ping")
+    async def ping() -> dict[str, str]:
+        """This process answers, by the name that hosting platforms probe."""
+        return {"status": "live"}
+
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """Generations that this gateway runs now, and the most that it takes."""
+        return {"running": admission.running, "max_running": admission.max_running}
 
     @router.get("/health/ready", responses={503: {"description": "draining, or no worker"}})
     async def ready() -> JSONResponse:
@@ -82,7 +105,7 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
     @router.get("/version")
     async def show_version() -> dict[str, str]:
         """The version of forepage."""
-        return {"version": version("forepage")}
+        return {"version": release_version()}
 
     return router
 
@@ -112,6 +135,7 @@ async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) ->
     requests, workers = await starter.prepare(body)
     scope.model = body.model
     reading = reading_of(body)
+    deadline_s = scope.started_s + starter.life_s(body)
 
     async def start(request: pb.GenerateRequest) -> Generation:
         span = starter.telemetry.start_span(
@@ -123,7 +147,7 @@ async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) ->
             request_id=scope.request_id,
         )
         scope.stack.callback(_end_span, span, scope)
-        generation = await starter.start(request, workers, reading=reading, span=span)
+        generation = await starter.start(request, workers, reading=reading, span=span, deadline_s=deadline_s)
         scope.stack.callback(
             generation.close,
             starter.telemetry,

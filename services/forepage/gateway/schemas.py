@@ -96,6 +96,9 @@ class GenerationBody(Fields, ABC):
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     user: Any = None
+    timeout_s: float | None = Field(
+        None, gt=0.0, description="extension: the whole request ends by then, with 504 if it isn't done"
+    )
     ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
     forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
     cache_salt: Text | None = Field(

@@ -5,6 +5,7 @@ Everything a client can do wrong is found before a worker hears of it.
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from forepage.gateway.generation import Generation, Reading
 from forepage.gateway.residency_usage import residency_wish
 from forepage.gateway.routing import rank_workers
 from forepage.gateway.schemas import GenerationBody, TextBody
+from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
 from forepage.gateway.worker_client import WorkerClient, WorkerStream
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.rpc import worker_pb2 as pb
@@ -71,10 +73,14 @@ class Starter:
         *,
         reading: Reading,
         span: Span,
+        deadline_s: float,
     ) -> Generation:
-        """Open the call, on the next worker if the first can't be reached, and wait until it is admitted."""
+        """Open the call, on the next worker if the first can't be reached, and wait until it is admitted.
+
+        `deadline_s` is on the monotonic clock; the worker frees what the request holds when it passes.
+        """
         for tried, worker in enumerate(workers[:MAX_WORKERS_TRIED], start=1):
-            stream = worker.generate(request, timeout_s=self.settings.request_timeout_s, span=span)
+            stream = worker.generate(request, timeout_s=max(0.0, deadline_s - time.monotonic()), span=span)
             try:
                 started = await self._started(stream)
             except DependencyError:
@@ -90,6 +96,24 @@ class Starter:
                     reading=reading,
                 )
         raise DependencyError("no decode worker can be reached; try again", retry_after_s=2.0)
+
+    def life_s(self, body: GenerationBody) -> float:
+        """The longest this request may take: as it asks, never over the server's bound."""
+        most = self.settings.request_timeout_s
+        return most if body.timeout_s is None else min(most, body.timeout_s)
+
+    async def tokenize(self, body: TokenizeBody) -> Tokens:
+        """Ids of a text, which may be longer than the context. Raises: as `prepare`."""
+        limit = max(_context_of(worker) for worker in self.directory.workers_for(body.model))
+        ids = await asyncio.to_thread(self.tokenizer.encode_text, body.prompt)
+        return Tokens(tokens=ids, count=len(ids), max_model_len=limit)
+
+    async def detokenize(self, body: DetokenizeBody) -> Detokenized:
+        """The text of ids. Raises: as `prepare`."""
+        self.directory.workers_for(body.model)
+        self._check_tokens(body.tokens, "tokens")
+        text = await asyncio.to_thread(self.tokenizer.decode_bytes, body.tokens)
+        return Detokenized(prompt=text.decode(errors="replace"))
 
     def _encode(self, body: GenerationBody, limit: int) -> list[int]:
         """Prompt ids. Runs in a thread: a million tokens take seconds."""

@@ -176,5 +176,8 @@ class WorkerStream:
 def _error_of(failure: grpc.aio.AioRpcError, worker_id: str) -> ForepageError:
     error = error_of_call(failure, what=f"worker {worker_id}")
     if isinstance(error, DeadlineError):
-        return DeadlineError("the request took longer than this server allows", retry_after_s=None)
+        return DeadlineError(
+            "the request's deadline passed: send a larger timeout_s (the server bounds it too) or less work",
+            retry_after_s=None,
+        )
     return error

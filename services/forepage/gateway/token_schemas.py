@@ -1,0 +1,36 @@
+"""Bodies and replies of /tokenize and /detokenize, in vLLM's words."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from forepage.gateway.schemas import Fields, Off, Text, TokenId
+
+
+class TokenizeBody(Fields):
+    """POST /tokenize"""
+
+    model: Text = Field(min_length=1, max_length=256)
+    prompt: Text
+    messages: Off = None
+
+
+class DetokenizeBody(Fields):
+    """POST /detokenize"""
+
+    model: Text = Field(min_length=1, max_length=256)
+    tokens: Annotated[list[TokenId], Field(description="each below the model's vocabulary size")]
+
+
+class Tokens(BaseModel):
+    """A text's token ids; `max_model_len` is the model's context in tokens."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Detokenized(BaseModel):
+    """The text of token ids; bytes that are no UTF-8 show as U+FFFD."""
+
+    prompt: str
