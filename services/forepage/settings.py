@@ -168,6 +168,12 @@ class WorkerSettings(_Section):
     )
     budget_blocks: int = Field(128, ge=1, description="blocks a sequence may keep because of their score")
     recent_tokens: int = Field(2048, ge=256, description="newest tokens that always stay resident")
+    prompt_tokens: int = Field(
+        256,
+        ge=0,
+        le=4096,
+        description="tokens at a prompt's end whose evidence the plans keep; 0: prediction alone",
+    )
     interval_steps: int = Field(64, ge=4, le=1024, description="decode steps between predictions")
     random_audits: int = Field(1, ge=0, le=16, description="audited steps an interval besides the boundary")
     audit_layers: int = Field(2, ge=1, description="c4 layers looked at in an audited step")

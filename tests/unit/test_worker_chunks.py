@@ -1,12 +1,16 @@
 """Where prefill chunks end and resume records are taken."""
 
-from forepage.worker.prefill import is_resume_point, next_chunk_end
+from forepage.worker.prefill import ChunkRule
 
 
-def chunk_ends(start: int, prompt: int, *, chunk: int = 512, every: int = 2048) -> list[int]:
+def rule(prompt: int, *, tail: int = 1) -> ChunkRule:
+    return ChunkRule(prompt, chunk=512, resume_every=2048, block=256, tail=tail)
+
+
+def chunk_ends(start: int, prompt: int, *, tail: int = 1) -> list[int]:
     ends = []
     while start < prompt:
-        start = next_chunk_end(start, prompt, chunk=chunk, resume_every=every, block=256)
+        start = rule(prompt, tail=tail).next_end(start)
         ends.append(start)
     return ends
 
@@ -26,6 +30,14 @@ def test_chunks_after_a_resume_are_those_of_a_whole_prefill() -> None:
 
 
 def test_resume_points_are_the_long_stride_and_the_last_full_block() -> None:
-    points = [n for n in range(0, 5001, 128) if is_resume_point(n, 5000, resume_every=2048, block=256)]
+    points = [n for n in range(0, 5001, 128) if rule(5000).is_resume_point(n)]
     assert points == [2048, 4096, 4864]
     assert all(point in chunk_ends(0, 5000) for point in points)
+
+
+def test_the_tail_lies_behind_every_resume_point_but_the_long_strides() -> None:
+    points = [n for n in range(0, 5001, 128) if rule(5000, tail=256).is_resume_point(n)]
+    assert points == [2048, 4096, 4608], "5000 - 256 = 4744 lies in the block from 4608 on"
+    assert all(point in chunk_ends(0, 5000, tail=256) for point in points)
+    assert not any(rule(200, tail=256).is_resume_point(n) for n in range(201)), "no block before the tail"
+    assert chunk_ends(0, 200, tail=256) == [200]

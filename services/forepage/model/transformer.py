@@ -22,6 +22,7 @@ from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import DecodeBatch, KvPools, PoolLayers, PrefillChunk
 from forepage.model.moe import MixtureOfExperts
 from forepage.model.norm import rms_norm
+from forepage.model.prompt_evidence import prompt_evidence
 from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.rope import RopeFrequencies
 from forepage.model.spec import ModelSpec
@@ -38,6 +39,7 @@ class StepOutput:
     indexer: list[IndexerTap]  # per c4 layer
     pulled_rows: Tensor  # i64 [B] rows pulled from the arena, all layers together
     unserved_rows: Tensor  # i64 [B] selected rows that were neither resident nor pullable: 0 in a sound step
+    prompt_evidence: Tensor | None = None  # f32 [blocks] of a prefill that was asked for it
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,18 @@ class Transformer:
         return record.output(self._logits(streams))
 
     def prefill(
-        self, tokens: Tensor, chunk: PrefillChunk, pools: KvPools, *, all_logits: bool = False
+        self,
+        tokens: Tensor,
+        chunk: PrefillChunk,
+        pools: KvPools,
+        *,
+        all_logits: bool = False,
+        evidence_tokens: int = 0,
     ) -> StepOutput:
-        """Process tokens i64 [S] of one sequence; the output is the last token's, or every token's."""
+        """Process tokens i64 [S] of one sequence; the output is the last token's, or every token's.
+
+        `evidence_tokens`: of so many of the last ones `prompt_evidence` says where they looked, in any layer.
+        """
         step = PrefillStep.plan(chunk, tokens.shape[0], self.geometry, self._frequencies)
         layers = PoolLayers(self.geometry, pools)
         wanted = slice(None) if all_logits else slice(-1, None)
@@ -132,6 +143,9 @@ class Transformer:
             x, mix = layer.attn_streams.collapse(streams, layer.attn_norm)
             attended = layer.attention.prefill(x, step, layers)
             record.add(layer_idx, x[wanted], attended if all_logits else attended.last())
+            if attended.tap is not None and evidence_tokens:
+                num_blocks = self.geometry.num_blocks(chunk.start + tokens.shape[0])
+                record.add_evidence(prompt_evidence(attended.tap, evidence_tokens, num_blocks))
             streams = expand(attended.out, streams, mix)
             streams = self._feed_forward(layer, streams, tokens)
         return record.output(self._logits(streams[wanted]))
@@ -160,6 +174,7 @@ class _Record:
         self._taps: list[IndexerTap] = []
         self._pulled = torch.zeros_like(tokens)
         self._unserved = torch.zeros_like(tokens)
+        self._evidence: Tensor | None = None
 
     def add(self, layer: int, x: Tensor, attended: Attended) -> None:
         if layer in self._target_layers:
@@ -170,6 +185,10 @@ class _Record:
             self._pulled = self._pulled + attended.pulls.pulled
             self._unserved = self._unserved + attended.pulls.unserved
 
+    def add_evidence(self, shares: Tensor) -> None:
+        """Of one layer, f32 [blocks]: the largest share in any layer counts."""
+        self._evidence = shares if self._evidence is None else torch.maximum(self._evidence, shares)
+
     def output(self, logits: Tensor) -> StepOutput:
         hidden = [self._hidden[layer] for layer in self._target_layers]
         return StepOutput(
@@ -178,6 +197,7 @@ class _Record:
             indexer=self._taps,
             pulled_rows=self._pulled,
             unserved_rows=self._unserved,
+            prompt_evidence=self._evidence,
         )
 
 

@@ -87,12 +87,13 @@ class Restore:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """Process consecutive tokens of one sequence from `start` on."""
+    """Process consecutive tokens of one sequence from `start` on, and say where the last ones looked."""
 
     OP: ClassVar[str] = "prefill"
     slot: int
     start: int
     tokens: tuple[int, ...]
+    evidence_tokens: int = 0
 
 
 @dataclass(frozen=True)

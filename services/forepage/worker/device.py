@@ -130,9 +130,9 @@ class Device:
         self._loads.append(future)
         return future
 
-    def prefill(self, slot: int, start: int, tokens: Seq[int]) -> StepOutput:
-        """Process consecutive tokens of one sequence; the last one's output."""
-        return self._step(PrefillStep(slot, start, tuple(tokens)))
+    def prefill(self, slot: int, start: int, tokens: Seq[int], *, evidence_tokens: int = 0) -> StepOutput:
+        """Process consecutive tokens of one sequence; the last one's output, and where some looked."""
+        return self._step(PrefillStep(slot, start, tuple(tokens), evidence_tokens))
 
     def decode(self, rows: Seq[DecodeRow]) -> LaunchedStep:
         """Process one token of each sequence and pick the next ones."""

@@ -1,6 +1,7 @@
 """Where one sequence is in its lookahead: the question asked, the answer held, the load under way."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -63,6 +64,7 @@ class LookaheadState:
     """Intervals of one sequence.
 
     `desired` is a plan not yet started, `scores` with what probability each block was last wanted,
+    `prompt` which blocks held evidence for the prompt's last tokens, and the largest share of it,
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
     `repair_since` is the audited position a repair under way is for; audits of positions before
@@ -76,6 +78,7 @@ class LookaheadState:
     question: Question | None = None
     desired: list[tuple[BlockIdx, float]] | None = None
     scores: dict[BlockIdx, float] = field(default_factory=dict)
+    prompt: dict[BlockIdx, float] = field(default_factory=dict)
     repair: dict[BlockIdx, float] = field(default_factory=dict)
     repair_due: bool = False
     rebalance_due: bool = False
@@ -85,3 +88,9 @@ class LookaheadState:
     just_loaded: frozenset[int] = frozenset()
     missed: frozenset[int] = frozenset()
     load: LoadUnderWay | None = None
+
+    def add_prompt_evidence(self, shares: Sequence[float]) -> None:
+        """By block, of some of the prompt's last tokens."""
+        for idx, share in enumerate(shares):
+            if share > 0.0:
+                self.prompt[BlockIdx(idx)] = max(share, self.prompt.get(BlockIdx(idx), 0.0))

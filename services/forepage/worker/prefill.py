@@ -1,13 +1,15 @@
 """Prefills prompts chunk by chunk, always over the full native selection; paging begins when it ends.
 
 Chunks end at multiples of the chunk size and at the points where resume records are taken, so that a
-request that resumes there computes the rest in the same pieces.
+request that resumes there computes the rest in the same pieces. The prompt's tail is always computed: where
+its tokens look is what the first plans keep (model/prompt_evidence.py).
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from forepage.settings import WorkerSettings
 from forepage.telemetry import SpanName, set_attributes
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Sequence, StepTap
@@ -22,19 +24,38 @@ class PrefillEnd:
     tap: StepTap
 
 
-def next_chunk_end(start: int, prompt_tokens: int, *, chunk: int, resume_every: int, block: int) -> int:
-    """Where the chunk that begins at `start` ends: aligned, and at each resume point on the way."""
-    end = min((start // chunk + 1) * chunk, prompt_tokens)
-    last_block = (prompt_tokens - 1) // block * block
-    points = [last_block, (start // resume_every + 1) * resume_every]
-    return min([end, *(point for point in points if start < point < end)])
+@dataclass(frozen=True)
+class ChunkRule:
+    """Where chunks of one prompt end; its last `tail` tokens, at least one, lie behind every resume point."""
 
+    prompt_tokens: int
+    chunk: int
+    resume_every: int
+    block: int
+    tail: int
 
-def is_resume_point(num_tokens: int, prompt_tokens: int, *, resume_every: int, block: int) -> bool:
-    """Whether a resume record is taken there: every 16,384 tokens and at the prompt's last full block."""
-    if num_tokens == 0 or num_tokens % block:
-        return False
-    return num_tokens % resume_every == 0 or num_tokens == (prompt_tokens - 1) // block * block
+    @classmethod
+    def of(cls, prompt_tokens: int, settings: WorkerSettings, block: int) -> "ChunkRule":
+        """The settings' rule for a prompt."""
+        tail = max(1, settings.prompt_tokens)
+        return cls(prompt_tokens, settings.prefill_chunk_tokens, settings.resume_every_tokens, block, tail)
+
+    @property
+    def last_point(self) -> int:
+        """The last block boundary that leaves the tail to compute."""
+        return max(0, self.prompt_tokens - self.tail) // self.block * self.block
+
+    def next_end(self, start: int) -> int:
+        """Where the chunk that begins at `start` ends: aligned, and at each resume point on the way."""
+        end = min((start // self.chunk + 1) * self.chunk, self.prompt_tokens)
+        points = [self.last_point, (start // self.resume_every + 1) * self.resume_every]
+        return min([end, *(point for point in points if start < point < end)])
+
+    def is_resume_point(self, num_tokens: int) -> bool:
+        """Whether a resume record is taken there: every 16,384 tokens and before the prompt's tail."""
+        if num_tokens == 0 or num_tokens % self.block:
+            return False
+        return num_tokens % self.resume_every == 0 or num_tokens == self.last_point
 
 
 class Prefill:
@@ -51,18 +72,18 @@ class Prefill:
             sequence.stage_span = parts.telemetry.start_span(SpanName.WORKER_PREFILL, sequence.span)
         block, prompt = parts.geometry.block_tokens, len(sequence.request.prompt)
         start = sequence.num_processed
-        end = next_chunk_end(
-            start,
-            prompt,
-            chunk=settings.prefill_chunk_tokens,
-            resume_every=settings.resume_every_tokens,
-            block=block,
-        )
+        rule = ChunkRule.of(prompt, settings, block)
+        end = rule.next_end(start)
         self._grow(sequence, end)
-        output = parts.device.prefill(sequence.holds.slot, start, sequence.tokens[start:end])
+        asked = end - max(start, prompt - settings.prompt_tokens) if sequence.uses_prompt_evidence else 0
+        output = parts.device.prefill(
+            sequence.holds.slot, start, sequence.tokens[start:end], evidence_tokens=max(0, asked)
+        )
+        if output.prompt_evidence is not None:
+            sequence.lookahead.add_prompt_evidence(output.prompt_evidence.tolist())
         sequence.num_processed = end
         self._write_back.store_finished(sequence)
-        if is_resume_point(end, prompt, resume_every=settings.resume_every_tokens, block=block):
+        if rule.is_resume_point(end):
             self._write_back.take_snapshot(sequence)
             self._write_back.store_resume(sequence)
         if end < prompt:

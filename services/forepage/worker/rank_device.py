@@ -90,7 +90,9 @@ class RankDevice:
     def _prefill(self, command: PrefillStep) -> StepOutput:
         self.memory.flush()
         chunk = self.memory.prefill_chunk(command.slot, command.start, len(command.tokens))
-        return self.model.prefill(self._tokens(command.tokens), chunk, self.memory.pools)
+        return self.model.prefill(
+            self._tokens(command.tokens), chunk, self.memory.pools, evidence_tokens=command.evidence_tokens
+        )
 
     def _decode(self, command: DecodeStep) -> StepOutput:
         self.memory.flush()

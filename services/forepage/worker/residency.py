@@ -21,6 +21,10 @@ from forepage.worker.questions import num_candidates
 from forepage.worker.quota import held_quota, room, shrink_promise, try_change_promise
 from forepage.worker.sequence import Sequence
 
+PROMPT_SCORE = 1.0
+"""Above every probability: what the prompt's tail looked at is kept before what was predicted."""
+PROMPT_SHARE = 0.75
+"""Of the budget, at most: the rest is the memory indexer's."""
 REPAIR_SCORE = 2.0
 """Above every probability: what an audit found missing is kept before what was predicted."""
 REPAIR_SHARE = 0.5
@@ -40,7 +44,7 @@ class Residency:
         question, is_repair = None, state.repair_due
         if state.question is not None and state.question.answered_s is not None:
             question, state.question = state.question, None
-        pinned_from = self._pinned_from(sequence)
+        pinned_from, budget = self._pinned_from(sequence), sequence.guard.budget_blocks
         chosen = [BlockIdx(idx) for idx in sequence.resident.row_id_by_block if idx < pinned_from]
         current = {idx: state.scores.get(idx, 0.0) for idx in chosen}
         if state.desired is not None:
@@ -52,10 +56,14 @@ class Residency:
         state.repair_due = state.rebalance_due = False
         state.just_loaded = frozenset()
         change = plan_residency(
-            [*desired, *_repairs(state.repair, int(sequence.guard.budget_blocks * REPAIR_SHARE))],
+            [
+                *desired,
+                *_best(state.prompt, PROMPT_SCORE, int(budget * PROMPT_SHARE), below=pinned_from),
+                *_best(state.repair, REPAIR_SCORE, int(budget * REPAIR_SHARE), below=pinned_from),
+            ],
             current,
             always_resident_from=BlockIdx(pinned_from),
-            budget_blocks=sequence.guard.budget_blocks,
+            budget_blocks=budget,
             slack_blocks=parts.settings.load_slack_blocks,
         )
         if question is not None:
@@ -293,7 +301,10 @@ class Residency:
         question.span.end()
 
 
-def _repairs(mass_by_block: Mapping[BlockIdx, float], count: int) -> Iterator[tuple[BlockIdx, float]]:
-    """The blocks that lacked most evidence, with scores above any prediction's."""
-    for idx in sorted(mass_by_block, key=lambda idx: (-mass_by_block[idx], idx))[:count]:
-        yield idx, REPAIR_SCORE + mass_by_block[idx]
+def _best(
+    mass_by_block: Mapping[BlockIdx, float], score: float, count: int, *, below: int
+) -> Iterator[tuple[BlockIdx, float]]:
+    """The `count` blocks of most mass among those before `below`, each with `score` plus its mass."""
+    candidates = (idx for idx in mass_by_block if idx < below)
+    for idx in sorted(candidates, key=lambda idx: (-mass_by_block[idx], idx))[:count]:
+        yield idx, score + mass_by_block[idx]

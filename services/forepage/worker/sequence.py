@@ -22,6 +22,7 @@ from forepage.coldpool.client import SlotRef
 from forepage.errors import ForepageError
 from forepage.kv.geometry import KvGeometry
 from forepage.kv.guard import Guard
+from forepage.kv.plan_source import PlanSource
 from forepage.kv.prefix_hash import PrefixHasher, resume_key, salted_key
 from forepage.kv.resident_set import ResidentSet
 from forepage.model.indexer import IndexerTap
@@ -236,6 +237,12 @@ class Sequence:
     def keeps_keys(self) -> bool:
         """Whether `exact` is granted: every key stays, absent rows are pulled."""
         return self.is_exact and not self.lookahead.want_exact
+
+    @property
+    def uses_prompt_evidence(self) -> bool:
+        """Whether its plans keep what the prompt's tail looked at: not without paging, nor for a baseline."""
+        request = self.request
+        return request.mode is not ResidencyMode.FULL and request.plan_source is PlanSource.MEMORY_INDEXER
 
     @property
     def is_full_by_room(self) -> bool:
