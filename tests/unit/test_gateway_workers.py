@@ -171,6 +171,24 @@ async def test_unreachable_worker_is_passed_over(
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "dependency_unavailable")
 
 
+async def test_a_worker_that_left_between_choice_and_call_is_passed_over(
+    start_worker: StartWorker, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory forgets a worker while its prompt is being encoded: a typed error, or another worker."""
+    workers = [await start_worker(worker_id=name) for name in ("a", "b")]
+    gateway = await open_gateway(*workers)
+    chosen = gateway.directory.workers_for(MODEL)
+    monkeypatch.setattr(gateway.directory, "workers_for", lambda _: chosen)
+    await chosen[0].close()
+    for index in range(6):
+        reply = await gateway.client.post("/v1/chat/completions", json=chat(f"prompt {index}"))
+        assert reply.status_code == 200
+    await chosen[1].close()
+    reply = await gateway.client.post("/v1/chat/completions", json=chat())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "dependency_unavailable")
+    assert reply.headers["retry-after"]
+
+
 async def test_equal_prompts_share_a_worker_until_it_is_overloaded(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:

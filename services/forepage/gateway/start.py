@@ -80,8 +80,9 @@ class Starter:
         `deadline_s` is on the monotonic clock; the worker frees what the request holds when it passes.
         """
         for tried, worker in enumerate(workers[:MAX_WORKERS_TRIED], start=1):
-            stream = worker.generate(request, timeout_s=max(0.0, deadline_s - time.monotonic()), span=span)
+            left_s = max(0.0, deadline_s - time.monotonic())
             try:
+                stream = worker.generate(request, timeout_s=left_s, span=span)
                 started = await self._started(stream)
             except DependencyError:
                 if tried == min(len(workers), MAX_WORKERS_TRIED):

@@ -84,7 +84,10 @@ class WorkerClient:
             self._reachable = True
 
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float, span: Span) -> "WorkerStream":
-        """Open a Generate call under `span`; the caller closes the stream. Raises: what `cut_streams` got."""
+        """Open a Generate call under `span`; the caller closes the stream.
+
+        Raises: what `cut_streams` got, DependencyError once it is closed.
+        """
         if self._cut_by is not None:
             raise self._cut_by
         call = self._stub.Generate(request, timeout=timeout_s, metadata=outgoing_metadata(span))
@@ -114,7 +117,9 @@ class WorkerClient:
             stream.cut(error)
 
     async def close(self) -> None:
-        """Close the channel; calls still open there end."""
+        """Close the channel; calls still open there end, and who chose this worker before gets an error."""
+        if self._cut_by is None:
+            self._cut_by = DependencyError(f"worker {self.load.worker_id} left; try again", retry_after_s=1.0)
         await self._channel.close(None)
 
 
