@@ -87,7 +87,9 @@ def write(folder: Path, result: Mapping[str, Any], *, name: str = "quality", pic
 
 def markdown(result: Mapping[str, Any]) -> str:
     """All questions first, then those whose evidence is older than the last 8K tokens, then by depth."""
-    parts = [f"# {result['what']}\n", f"`{result['command']}`, {result['date']}, {result['device']}.\n"]
+    first, *others = str(result["command"]).split(" && ")
+    more = f" and {len(others)} more commands (in the JSON file)" if others else ""
+    parts = [f"# {result['what']}\n", f"`{first}`{more}, {result['date']}, {result['device']}.\n"]
     for subset, title in (
         ("all", "All questions"),
         ("outside_last_8k", "Evidence outside the last 8K tokens"),
