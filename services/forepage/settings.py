@@ -176,6 +176,12 @@ class WorkerSettings(_Section):
     )
     interval_steps: int = Field(64, ge=4, le=1024, description="decode steps between predictions")
     random_audits: int = Field(1, ge=0, le=16, description="audited steps an interval besides the boundary")
+    early_audit_steps: int = Field(
+        64, ge=0, le=4096, description="first steps of an answer that are audited densely, for short answers"
+    )
+    early_audit_every_steps: int = Field(
+        4, ge=1, le=64, description="every so many of the first steps are audited, the first one included"
+    )
     audit_layers: int = Field(2, ge=1, description="c4 layers looked at in an audited step")
     clean_intervals: int = Field(4, ge=1, description="clean intervals before an escalation is stepped back")
     tensor_parallel: int = Field(

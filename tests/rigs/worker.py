@@ -313,6 +313,7 @@ def worker_rig(
     """
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
+        "early_audit_steps": 0,  # audited at boundaries and at random, unless a test is about the first steps
         "prompt_tokens": 0,  # plans are what the scripted index says, unless a test is about the others
         "interval_steps": 16,
         "kv_bytes": 16 << 20,

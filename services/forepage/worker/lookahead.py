@@ -20,11 +20,11 @@ from forepage.worker.lookahead_state import Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import (
     audit_messages,
+    audit_steps,
     audited_layers,
     lookahead_request,
     num_candidates,
     predict_message,
-    random_audit_steps,
 )
 from forepage.worker.quota import grow_promise
 from forepage.worker.residency import Residency
@@ -210,7 +210,7 @@ class Lookahead:
         sequence.report.intervals += 1
         phase = first_interval_cut(sequence.holds.slot, settings.interval_steps)
         state.next_boundary = step + settings.interval_steps - (phase if state.interval == 0 else 0)
-        state.audit_steps = random_audit_steps(sequence, settings, step)
+        state.audit_steps = audit_steps(sequence, settings, step)
 
     def _end_of_interval(self, sequence: Sequence) -> None:
         """Close a question whose plan never came to a load, and let the guard count the interval."""

@@ -84,11 +84,16 @@ def audited_layers(sequence: Sequence, settings: WorkerSettings, num_c4: int) ->
     return sorted(random.sample(range(num_c4), min(settings.audit_layers, num_c4)))
 
 
-def random_audit_steps(sequence: Sequence, settings: WorkerSettings, first_step: int) -> set[int]:
-    """Steps of the interval that begins at `first_step` which are audited besides its end."""
+def audit_steps(sequence: Sequence, settings: WorkerSettings, first_step: int) -> set[int]:
+    """Steps of the interval that begins at `first_step` which are audited besides its end.
+
+    Early ones at a fixed stride, since a short answer has no other; of all, some at random.
+    """
     random = Random(f"{sequence.request.sampling.seed}/interval/{first_step}")
     inner = range(first_step + 1, first_step + settings.interval_steps)
-    return set(random.sample(inner, min(settings.random_audits, len(inner))))
+    early = range(1, settings.early_audit_steps + 1, settings.early_audit_every_steps)
+    dense = {step for step in early if step in inner}
+    return dense | set(random.sample(inner, min(settings.random_audits, len(inner))))
 
 
 def _f32(values: Tensor) -> bytes:
