@@ -37,6 +37,7 @@ from forepage.telemetry import SpanName, Telemetry, open_telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from forepage.worker.assembly import ModelFolder, assemble, assemble_rank
 from forepage.worker.device import Device
+from forepage.worker.device_audit import DeviceAudit
 from forepage.worker.loop import Loop
 from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.parts import WorkerParts
@@ -235,6 +236,7 @@ class WorkerRig:
         sampling: Sampling | None = None,
         salt: str = "",
         name: str = "r",
+        audit: bool = False,
     ) -> Running:
         """Queue a request."""
         request = Request(
@@ -247,6 +249,7 @@ class WorkerRig:
             min_recall=0.95,
             budget_blocks=budget_blocks,
             cache_salt=salt,
+            audit=audit,
         )
         return self.submit_request(request)
 
@@ -302,6 +305,7 @@ def worker_rig(
     weight_dtype: WeightDtype = WeightDtype.FP32,
     num_ranks: int = 1,
     padded: bool = False,
+    audits_on_device: bool = False,
     device_name: str = "cpu",
     model_path: Path = SEEDED_MODEL,
     arena_slots: int = 200,
@@ -309,7 +313,7 @@ def worker_rig(
 ) -> Iterator[WorkerRig]:
     """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
 
-    `padded`: decode steps go through static buffers, as on a GPU.
+    `padded`: decode steps go through static buffers, as on a GPU; `audits_on_device`: so do audits.
     """
     defaults: dict[str, Any] = {
         "recent_tokens": 256,
@@ -353,7 +357,8 @@ def worker_rig(
         local = _poisoned(parts.device.local)
         if padded and device.type == "cpu":
             rows = settings.worker.max_running
-            steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry)
+            audit = DeviceAudit(local.memory, arena.payloads, topk=parts.topk) if audits_on_device else None
+            steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry, audit=audit)
             parts = replace(parts, device=Device(local, padded=steps))
         try:
             yield WorkerRig(parts, arena, index, followers)

@@ -10,14 +10,16 @@ import torch
 from forepage.index.question import QuestionLimits, parse_request
 from forepage.kv.evidence import merge_audit
 from forepage.kv.ids import BlockIdx
+from forepage.model.kv_pools import NAN_BYTE
 from forepage.rpc import index_pb2
 from forepage.settings import SEEDED_MODEL, ModelSettings, ResidencyMode
 from forepage.worker.assembly import ModelFolder
-from forepage.worker.questions import audit_messages
+from forepage.worker.device_audit import StepAudit, merge_verdicts
+from forepage.worker.questions import audit_messages, audited_layers
 from forepage.worker.sequence import Sequence, StepTap
 from forepage_kernels.layout import KeyLayout, KeyPool, load_rows
 from forepage_kernels.select_topk import select_topk
-from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
+from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, wants, worker_rig
 
 PROMPT = text_tokens(2_400)
 Verdict = tuple[int, int]
@@ -204,3 +206,95 @@ def test_the_workers_own_audit_of_damaged_keys_is_partial() -> None:
         rig.loop._auditing.audit_here = spy  # type: ignore[method-assign]
         rig.run(running)
     assert running.report.audits_partial == running.report.audited_layers > 0
+
+
+def test_the_devices_own_audit_reports_the_brute_force_recall() -> None:
+    """Right behind the step, from the tables and the arena: the same counts, and no question to the index."""
+    with worker_rig(padded=True, audits_on_device=True, random_audits=4, audit_layers=3) as rig:
+        asked: list[index_pb2.LookaheadRequest] = []
+
+        def answer(request: index_pb2.LookaheadRequest) -> index_pb2.LookaheadReply:
+            asked.append(request)
+            return plan_reply(request, [0, 2])
+
+        rig.index.auto = answer
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=50, audit=True)
+        found, wanted = [], []
+        auditing = rig.loop._auditing
+        after_step, take_audit = rig.loop._lookahead.after_step, auditing.take_audit
+
+        def look(sequence: Sequence, tap: StepTap) -> None:
+            if tap.audit is not None:
+                settings, num_c4 = rig.parts.settings, len(rig.parts.geometry.c4_layers)
+                layers = audited_layers(sequence, settings, num_c4, num_tokens=sequence.num_processed)
+                audits = audit_messages(
+                    sequence, tap, layers, num_blocks=sequence.resident.pinned_from, topk=rig.parts.topk
+                )
+                wanted.append([brute_force(rig, running, audit) for audit in audits])
+            after_step(sequence, tap)
+
+        def take(sequence: Sequence, audit: StepAudit) -> None:
+            found.append([(v.num_evidence, v.num_evidence_resident) for v in audit.verdicts])
+            take_audit(sequence, audit)
+
+        rig.loop._lookahead.after_step = look  # type: ignore[method-assign]
+        auditing.take_audit = take  # type: ignore[method-assign]
+        rig.run(running)
+    assert found == wanted
+    assert len(found) >= 8
+    assert any(resident < evidence for step in wanted for evidence, resident in step), "something was missed"
+    assert running.report.worker_audits == len(found)
+    assert not any(request.audits for request in asked)
+
+
+def test_a_merge_of_many_rows_is_the_merge_of_each() -> None:
+    """Ties, signed zeros, padding, rows without an entry: as `merge_audit` ranks them."""
+    generator = torch.Generator().manual_seed(0)
+    rows, k = 40, 16
+    levels = torch.tensor([-torch.inf, -1.0, -0.0, 0.0, 0.5, 3.0, 3.0, 7.0])
+    entries = torch.stack([torch.randperm(500, generator=generator)[: 2 * k] for _ in range(rows)])
+    scores = levels[torch.randint(0, len(levels), (rows, 2 * k), generator=generator)]
+    scores[:3] = -torch.inf
+    scores[3, k:] = -torch.inf
+    resident, absent = (entries[:, :k], scores[:, :k]), (entries[:, k:], scores[:, k:])
+    merged = merge_verdicts(resident, absent, topk=k, num_unread=torch.zeros(rows, dtype=torch.int64))
+    for row in range(rows):
+        sides = [
+            list(zip(side[0][row].tolist(), side[1][row].tolist(), strict=True))
+            for side in (resident, absent)
+        ]
+        wanted = merge_audit(*sides, topk=k)
+        assert merged.counts[row].tolist() == [wanted.num_evidence, wanted.num_evidence_resident, 0]
+        assert merged.shares[row].tolist() == pytest.approx([wanted.missed_mass, wanted.recall_at_k])
+        by_block: dict[int, float] = {}
+        for entry, mass in zip(merged.missing[row].tolist(), merged.masses[row].tolist(), strict=True):
+            if entry >= 0:
+                by_block[entry // 64] = by_block.get(entry // 64, 0.0) + mass
+        assert by_block == pytest.approx(dict(wanted.missing))
+
+
+def test_damaged_keys_make_the_devices_audit_partial() -> None:
+    """A key without a score is called neither resident nor absent: the report says what was not looked at."""
+    with worker_rig(padded=True, audits_on_device=True, random_audits=4, audit_layers=3) as rig:
+        rig.index.auto = wants(0)
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=24, audit=True)
+        rig.run_until(lambda: len(running.tokens) >= 2)
+        ref = running.sequence.arena.ref_by_block[2]
+        start = rig.arena.offset(ref) + rig.parts.geometry.keys_offset
+        rig.arena.payloads[start : start + rig.parts.geometry.keys_plane_bytes].fill_(NAN_BYTE)
+        rig.run(running)
+    assert running.report.audits_partial > 0
+    assert running.report.audited_steps > 0
+
+
+def test_the_first_steps_of_an_answer_are_audited_densely() -> None:
+    """Every fourth one, the first included: an answer that ends before the second plan has been looked at."""
+    with worker_rig(
+        padded=True, audits_on_device=True, random_audits=0, interval_steps=64, early_audit_steps=64
+    ) as rig:
+        rig.index.auto = wants(0)
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=30, audit=True)
+        rig.run(running)
+    assert sorted(running.sequence.report.audited_positions) == [
+        len(PROMPT) - 1 + step for step in (1, 5, 9, 13, 17, 21, 25, 29)
+    ]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from forepage_kernels.checks import check_tensor
+from forepage_kernels.checks import check_arena, check_tensor
 from forepage_kernels.layout import KeyPool
 from forepage_kernels.native_indexer import reference
 
@@ -15,11 +15,13 @@ def native_indexer(
 
     Shapes: q f32 [B, H, D] (rotated like the stored keys), weights f32 [B, H] (signed),
     block_table i32 [B, M] block_idx -> block id (negative = absent), visible i64 [B] entries
-    -> f32 [B, M * entries]. With quantised keys q is rounded to bf16 first; fp32 all the way after that.
+    -> f32 [B, M * entries]. With CUDA queries the pool may be host memory registered with CUDA
+    (quantised keys only). With quantised keys q is rounded to bf16 first; fp32 all the way after that.
     Source: DeepSeek-V4 inference/model.py, Indexer.forward.
     """
-    device = pool.bytes.device
-    check_tensor("q", q, dtype=torch.float32, shape=[None, None, pool.layout.dims], device=device)
+    device = q.device
+    check_tensor("q", q, dtype=torch.float32, shape=[None, None, pool.layout.dims])
+    check_arena("pool", pool.bytes.view(-1), device=device)
     check_tensor("weights", weights, dtype=torch.float32, shape=q.shape[:2], device=device)
     check_tensor("block_table", block_table, dtype=torch.int32, shape=[q.shape[0], None], device=device)
     check_tensor("visible", visible, dtype=torch.int64, shape=[q.shape[0]], device=device)

@@ -21,6 +21,7 @@ from forepage.telemetry import Telemetry
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.copy_engine import CopyEngine
 from forepage.worker.device import Device
+from forepage.worker.device_audit import DeviceAudit
 from forepage.worker.gpu_blocks import GpuBlocks, PoolSizes
 from forepage.worker.kv_memory import KvMemory
 from forepage.worker.padded_decode import PaddedDecode
@@ -144,6 +145,7 @@ def assemble(
             max_rows=settings.worker.max_running,
             max_graphs=settings.worker.decode_graphs if is_capturable else 0,
             telemetry=telemetry,
+            audit=DeviceAudit(local.memory, arena, topk=topk) if is_capturable else None,
         )
     return WorkerParts(
         settings=settings.worker,

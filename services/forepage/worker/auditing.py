@@ -1,8 +1,8 @@
 """Audits of one worker's sequences: what an audited step means for the report and for the guard.
 
-The index answers most audits; while it is down the worker scores the absent blocks itself, from the
-same arena. In `exact` nothing is ever missed, so the audit asks what paging would have missed: that
-decides when to step back.
+A GPU makes its own audits (device_audit.py); for other workers the index makes them, and while it is down
+the worker's CPU, from the same arena. In `exact` nothing is ever missed, so the audit asks what paging
+would have missed: that decides when to step back.
 """
 
 from collections import defaultdict
@@ -21,6 +21,7 @@ from forepage.model.kv_pools import key_layout
 from forepage.rpc import index_pb2 as pb
 from forepage.settings import ResidencyMode
 from forepage.telemetry import MetricName
+from forepage.worker.device_audit import StepAudit
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import grow_promise
 from forepage.worker.sequence import Sequence, StepTap
@@ -59,6 +60,13 @@ class Auditing:
                 for layer in layers
             ]
             self._take(sequence, position, verdicts)
+
+    def take_audit(self, sequence: Sequence, audit: StepAudit) -> None:
+        """What the device found about a step."""
+        report = sequence.report
+        report.worker_audits += 1
+        report.audits_partial += audit.num_unread > 0
+        self._take(sequence, audit.position, audit.verdicts)
 
     def audit_here(self, sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
         """The index is down: score the absent blocks on the worker. Slower, and counted."""

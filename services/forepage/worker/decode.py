@@ -101,6 +101,7 @@ class Decode:
             sampling=sequence.sampling_row(sequence.num_launched + 1),
             wants_tap=sequence.request.reads or self._lookahead.wants_tap(sequence, step),
             pulls=bool(sequence.holds.staging_ids),
+            audit_layers=self._lookahead.device_audit(sequence, step),
         )
 
     def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:

@@ -85,6 +85,11 @@ class Device:
         """Whether a step can be launched before the tokens of the last one are known, and gains by it."""
         return self._padded is not None and self.local.memory.device.type == "cuda"
 
+    @property
+    def makes_audits(self) -> bool:
+        """Whether it can look at what a step missed by itself; else the index does."""
+        return self._padded is not None and self._padded.audit is not None
+
     def set_residency(self, slot: int, resident: ResidentSet) -> None:
         """Make attention see this set from the next step on: the commit."""
         self._do(SetTable(Table.ROWS, slot, tuple(resident.row_table())))

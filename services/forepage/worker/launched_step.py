@@ -16,7 +16,8 @@ from forepage.worker.sequence import StepTap
 class DecodeRow:
     """One sequence's part in a step. `token` None: the one that the last step picked for this slot.
 
-    `pulls`: it has staging blocks, so that absent rows can be fetched.
+    `pulls`: it has staging blocks, so that absent rows can be fetched. `audit_layers`: c4 layers in which a
+    device that can (Device.makes_audits) looks at what this step could not see; if the row wants a tap.
     """
 
     slot: int
@@ -25,6 +26,7 @@ class DecodeRow:
     sampling: Row
     wants_tap: bool
     pulls: bool
+    audit_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

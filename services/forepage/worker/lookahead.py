@@ -81,6 +81,16 @@ class Lookahead:
             return False
         return step >= state.next_boundary or step in state.audit_steps
 
+    def device_audit(self, sequence: Sequence, step: int) -> tuple[int, ...]:
+        """In which c4 layers the device audits the sequence's step-th decode step, about to be launched."""
+        if not self._parts.device.makes_audits or not self.wants_tap(sequence, step):
+            return ()
+        if not _is_audited(sequence) or sequence.resident.keys_complete:
+            return ()
+        num_c4 = len(self._parts.geometry.c4_layers)
+        num_tokens = sequence.num_launched + 1
+        return tuple(audited_layers(sequence, self._parts.settings, num_c4, num_tokens=num_tokens))
+
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""
         state, settings = sequence.lookahead, self._parts.settings
@@ -89,7 +99,6 @@ class Lookahead:
         if not self.wants_tap(sequence, step):
             return
         is_guarded = sequence.request.mode is ResidencyMode.GUARDED
-        audit = is_guarded or sequence.request.audit
         if is_boundary:
             if is_guarded and sequence.guard.exact and sequence.holds.staging_ids:
                 self._auditing.shadow(sequence, tap, self._layers(sequence))
@@ -102,7 +111,10 @@ class Lookahead:
         if is_boundary and self._full_by_room.try_return(sequence):
             self._residency.start_fill(sequence)
         predict = is_boundary and sequence.room is not Room.FILLING
-        self._ask(sequence, tap, predict=predict, audit=audit and not sequence.resident.keys_complete)
+        audit = _is_audited(sequence) and not sequence.resident.keys_complete
+        if tap.audit is not None:
+            self._auditing.take_audit(sequence, tap.audit)
+        self._ask(sequence, tap, predict=predict, audit=audit and tap.audit is None)
 
     def on_reply(self, reply: pb.LookaheadReply) -> None:
         """A reply of the index: its audits count, its plan too if it is of the newest question."""
@@ -271,7 +283,8 @@ class Lookahead:
         return Question(interval, time.monotonic(), span, telemetry.start_span(SpanName.PREDICT, span))
 
     def _layers(self, sequence: Sequence) -> list[int]:
-        return audited_layers(sequence, self._parts.settings, len(self._parts.geometry.c4_layers))
+        num_c4 = len(self._parts.geometry.c4_layers)
+        return audited_layers(sequence, self._parts.settings, num_c4, num_tokens=sequence.num_processed)
 
     def _take_plan(self, sequence: Sequence, question: Question, plan: pb.Plan) -> None:
         question.answered_s = time.monotonic()
@@ -333,6 +346,11 @@ def _has_exact_keys(sequence: Sequence) -> bool:
     """Whether it still holds what only `exact` needs: staging, or keys of rows that are absent."""
     resident = sequence.resident
     return bool(sequence.holds.staging_ids) or len(resident.key_id_by_block) > resident.num_resident
+
+
+def _is_audited(sequence: Sequence) -> bool:
+    """Whether anybody wants to know what its steps miss."""
+    return sequence.request.mode is ResidencyMode.GUARDED or sequence.request.audit
 
 
 def _is_sound(audit: pb.AuditResult) -> bool:

@@ -21,6 +21,7 @@ from forepage.model.indexer import IndexerTap
 from forepage.model.transformer import StepOutput
 from forepage.telemetry import Telemetry
 from forepage.worker.decode_graph import DecodeGraphs, StepShape, StepTensors
+from forepage.worker.device_audit import AuditCopies, AuditRow, DeviceAudit, TapTensors
 from forepage.worker.host_copy import HostCopy, upload
 from forepage.worker.launched_step import DecodeRow, StepResult
 from forepage.worker.rank_device import RankDevice
@@ -56,6 +57,8 @@ class TapCopies:
     weights: HostCopy  # f32 [R, T, H]
     selected: HostCopy  # i64 [R, T, k]
     scores: HostCopy  # f32 [R, T, k]
+    audits: AuditCopies | None
+    audit_place: dict[int, int]
 
     def read(self, row: int) -> StepTap:
         """One row's; waits for the copies."""
@@ -64,7 +67,9 @@ class TapCopies:
         selected, scores = self.selected.read()[at], self.scores.read()[at]
         one = [slice(layer, layer + 1) for layer in range(query.shape[0])]
         taps = [IndexerTap(query[layer], weights[layer], selected[layer], scores[layer]) for layer in one]
-        return StepTap(self.hidden.read()[at], taps, 0)
+        audited = self.audit_place.get(row)
+        audit = self.audits.read(audited) if self.audits is not None and audited is not None else None
+        return StepTap(self.hidden.read()[at], taps, 0, audit)
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,18 @@ class PaddedStep:
 class PaddedDecode:
     """Owner of the static buffers and graphs of one device; used by the loop's thread."""
 
-    def __init__(self, local: RankDevice, *, max_rows: int, max_graphs: int, telemetry: Telemetry) -> None:
-        """`max_graphs` 0: no graphs; a CPU can't have any."""
+    def __init__(
+        self,
+        local: RankDevice,
+        *,
+        max_rows: int,
+        max_graphs: int,
+        telemetry: Telemetry,
+        audit: DeviceAudit | None = None,
+    ) -> None:
+        """`max_graphs` 0: no graphs; a CPU can't have any. `audit` None: this device makes none."""
         self._local = local
+        self.audit = audit
         self._memory = local.memory
         device = local.memory.device
         self._inputs = torch.zeros(padded_rows(max_rows), NUM_COLUMNS, dtype=torch.int64, device=device)
@@ -131,7 +145,7 @@ class PaddedDecode:
         shape = self._shape(rows)
         tensors = self._run(rows, shape)
         results = HostCopy.of(tensors.results)
-        taps = self._copy_taps(tensors.output, [at for at, row in enumerate(rows) if row.wants_tap])
+        taps = self._copy_taps(tensors.output, rows)
         sampled = self._sample_here(tensors.output.logits, rows, by_host)
         fallbacks: tuple[str, ...] = ("host_sampling",) if by_host else ()
         if self._graphs is None and self._wants_graphs:
@@ -202,15 +216,29 @@ class PaddedDecode:
         self._last_tokens[upload(slots, logits.device)] = upload(tokens, logits.device)
         return dict(zip(by_host, picks, strict=True))
 
-    def _copy_taps(self, output: StepOutput, wanted: Seq[int]) -> TapCopies | None:
-        """On a stream of its own: the next step waits until they are gathered, not until they are across."""
+    def _copy_taps(self, output: StepOutput, rows: Seq[DecodeRow]) -> TapCopies | None:
+        """On a stream of its own: the next step waits until they are gathered, not until they are across.
+
+        Audits follow on that stream, beside the next step.
+        """
+        wanted = [at for at, row in enumerate(rows) if row.wants_tap]
         if not wanted:
             return None
+        audited = [at for at, row in enumerate(wanted) if rows[row].audit_layers]
+        asked = [_audit_row(rows[wanted[at]]) for at in audited]
+        audits = None
         with self._beside() as gathered_by:
-            gathered = _gathered(output, wanted)
+            hidden_states, tap = _gathered(output, wanted)
+            absent = self.audit.absent(asked) if self.audit is not None and asked else None
             gathered_by()
-            copies = [HostCopy.of(tensor) for tensor in gathered]
-        return TapCopies({row: at for at, row in enumerate(wanted)}, *copies)
+            hidden, query = HostCopy.of(hidden_states), HostCopy.of(tap.query)
+            weights, selected, scores = (HostCopy.of(v) for v in (tap.weights, tap.selected, tap.scores))
+            if self.audit is not None and absent is not None:
+                at = upload(np.array(audited), self._memory.device)
+                audits = self.audit.start(asked, absent, tap.rows(at))
+        place = {row: at for at, row in enumerate(wanted)}
+        audit_place = {wanted[at]: n for n, at in enumerate(audited)}
+        return TapCopies(place, hidden, query, weights, selected, scores, audits, audit_place)
 
     @contextmanager
     def _beside(self) -> Iterator[Callable[[], None]]:
@@ -224,8 +252,12 @@ class PaddedDecode:
             yield lambda: current.wait_stream(stream)
 
 
-def _gathered(output: StepOutput, rows: Seq[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of TapCopies, each in one tensor: few copies, whatever the number of layers."""
+def _audit_row(row: DecodeRow) -> AuditRow:
+    return AuditRow(row.slot, row.position, row.audit_layers)
+
+
+def _gathered(output: StepOutput, rows: Seq[int]) -> tuple[Tensor, TapTensors]:
+    """Hidden states and what the indexers left, one tensor each: few copies, however many layers."""
     taps = output.indexer
 
     def stacked(parts: list[Tensor], like: Tensor) -> Tensor:
@@ -234,10 +266,9 @@ def _gathered(output: StepOutput, rows: Seq[int]) -> tuple[Tensor, Tensor, Tenso
         joined = torch.stack(parts)
         return joined.view(len(rows), len(taps), *joined.shape[1:])
 
-    return (
-        torch.stack([output.hidden[row] for row in rows]),
-        stacked([tap.query[row] for row in rows for tap in taps], output.logits),
-        stacked([tap.weights[row] for row in rows for tap in taps], output.logits),
-        stacked([tap.selected[row] for row in rows for tap in taps], output.pulled_rows),
-        stacked([tap.scores[row] for row in rows for tap in taps], output.logits),
+    return torch.stack([output.hidden[row] for row in rows]), TapTensors(
+        query=stacked([tap.query[row] for row in rows for tap in taps], output.logits),
+        weights=stacked([tap.weights[row] for row in rows for tap in taps], output.logits),
+        selected=stacked([tap.selected[row] for row in rows for tap in taps], output.pulled_rows),
+        scores=stacked([tap.scores[row] for row in rows for tap in taps], output.logits),
     )

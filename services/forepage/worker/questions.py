@@ -78,9 +78,11 @@ def audit_messages(
     return audits
 
 
-def audited_layers(sequence: Sequence, settings: WorkerSettings, num_c4: int) -> list[int]:
-    """Which c4 layers to look at in this step: seeded by the request and the position."""
-    random = Random(f"{sequence.request.sampling.seed}/{sequence.num_processed}")
+def audited_layers(
+    sequence: Sequence, settings: WorkerSettings, num_c4: int, *, num_tokens: int
+) -> list[int]:
+    """Which c4 layers to look at in the step that made it so many tokens: seeded by the request and them."""
+    random = Random(f"{sequence.request.sampling.seed}/{num_tokens}")
     return sorted(random.sample(range(num_c4), min(settings.audit_layers, num_c4)))
 
 

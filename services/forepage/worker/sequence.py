@@ -30,6 +30,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WorkerSettings
 from forepage.worker.arena_access import Grant
 from forepage.worker.constraint import Constraint
+from forepage.worker.device_audit import StepAudit
 from forepage.worker.host_copy import HostCopy
 from forepage.worker.lookahead_state import LookaheadState
 from forepage.worker.reads import Reads
@@ -42,11 +43,15 @@ Emit = Callable[[pb.GenerateEvent], None]
 
 @dataclass(frozen=True)
 class StepTap:
-    """What one step left for one sequence: attention inputs f32 [L, D], indexer taps by c4 layer, its row."""
+    """What one step left for one sequence: attention inputs f32 [L, D], indexer taps by c4 layer, its row.
+
+    `audit` is there if the device was asked what the step missed.
+    """
 
     hidden: Tensor
     indexer: Seq[IndexerTap]
     row: int
+    audit: StepAudit | None = None
 
 
 class Phase(Enum):
