@@ -37,8 +37,8 @@ def all_keys(rig: WorkerRig, running: Running, layer: int) -> np.ndarray:
     for block in range(sequence.resident.num_blocks):
         ref = sequence.arena.ref_by_block.get(block)
         pool, at = (arena, int(ref.arena_id)) if ref else (device, sequence.resident.key_id_by_block[block])
-        entries = torch.arange(at * 64, at * 64 + 64)
-        keys.append(load_rows(pool, entries).numpy())
+        entries = torch.arange(at * 64, at * 64 + 64, device=pool.bytes.device)
+        keys.append(load_rows(pool, entries).cpu().numpy())
     return np.concatenate(keys)[: sequence.num_processed // 4]
 
 
@@ -208,9 +208,12 @@ def test_the_workers_own_audit_of_damaged_keys_is_partial() -> None:
     assert running.report.audits_partial == running.report.audited_layers > 0
 
 
-def test_the_devices_own_audit_reports_the_brute_force_recall() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_devices_own_audit_reports_the_brute_force_recall(device: str) -> None:
     """Right behind the step, from the tables and the arena: the same counts, and no question to the index."""
-    with worker_rig(padded=True, audits_on_device=True, random_audits=4, audit_layers=3) as rig:
+    with worker_rig(
+        device_name=device, padded=True, audits_on_device=True, random_audits=4, audit_layers=3
+    ) as rig:
         asked: list[index_pb2.LookaheadRequest] = []
 
         def answer(request: index_pb2.LookaheadRequest) -> index_pb2.LookaheadReply:
