@@ -126,7 +126,11 @@ class IndexSettings(_Section):
     """The lookahead index."""
 
     listen: str = Field("127.0.0.1:7101", description="gRPC address")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where it scores")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="where it scores; auto: on a GPU if it sees one",
+    )
     threshold: float | None = Field(
         None, ge=0.0, le=1.0, description="an entry is wanted above this; none: as the indexer was calibrated"
     )
@@ -175,12 +179,12 @@ class WorkerSettings(_Section):
         description="tokens at a prompt's end whose evidence the plans keep; 0: prediction alone",
     )
     interval_steps: int = Field(64, ge=4, le=1024, description="decode steps between predictions")
-    random_audits: int = Field(1, ge=0, le=16, description="audited steps an interval besides the boundary")
+    random_audits: int = Field(7, ge=0, le=16, description="audited steps an interval besides the boundary")
     early_audit_steps: int = Field(
-        64, ge=0, le=4096, description="first steps of an answer that are audited densely, for short answers"
+        256, ge=0, le=4096, description="first steps of an answer that are audited densely, for short answers"
     )
     early_audit_every_steps: int = Field(
-        4, ge=1, le=64, description="every so many of the first steps are audited, the first one included"
+        1, ge=1, le=64, description="every so many of the first steps are audited, the first one included"
     )
     audit_layers: int = Field(2, ge=1, description="c4 layers looked at in an audited step")
     clean_intervals: int = Field(4, ge=1, description="clean intervals before an escalation is stepped back")

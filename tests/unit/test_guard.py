@@ -12,6 +12,32 @@ def test_guard_leaves_a_good_step_alone() -> None:
     assert guard.on_audit(0.9) == (guard, GuardAction.NONE)
 
 
+def test_guard_repairs_what_fits_half_the_budget() -> None:
+    guard, action = start().on_audit(0.5, num_repairs=4)
+    assert (action, guard.budget_blocks, guard.repaired, guard.raised) == (GuardAction.REPAIR, 8, True, False)
+    assert guard.on_audit(0.5, num_repairs=4)[1] is GuardAction.REPAIR
+    guard, action = guard.on_audit(0.5, num_repairs=5)
+    assert (action, guard.budget_blocks, guard.raised) == (GuardAction.RAISE_BUDGET, 16, True)
+    assert guard.on_audit(0.5, num_repairs=8)[1] is GuardAction.REPAIR
+    assert guard.on_audit(0.5, num_repairs=9)[1] is GuardAction.MOVE_TO_EXACT
+
+
+def test_guard_escalates_when_what_was_repaired_is_missed_again() -> None:
+    guard, _ = start().on_audit(0.5, num_repairs=1)
+    guard, action = guard.on_audit(0.5, num_repairs=None)
+    assert action is GuardAction.RAISE_BUDGET
+    assert guard.on_audit(0.5, num_repairs=None)[1] is GuardAction.MOVE_TO_EXACT
+
+
+def test_guard_forgets_repairs_after_clean_intervals() -> None:
+    guard, _ = start().on_audit(0.5, num_repairs=1)
+    for _ in range(2):
+        guard, _ = guard.on_boundary()
+        assert guard.repaired, "the interval of the miss was not clean"
+    guard, _ = guard.on_boundary()
+    assert not guard.repaired
+
+
 def test_guard_first_raises_the_budget_then_moves_to_exact() -> None:
     guard, action = start().on_audit(0.5)
     assert (action, guard.budget_blocks, guard.exact) == (GuardAction.RAISE_BUDGET, 16, False)

@@ -293,7 +293,12 @@ def test_damaged_keys_make_the_devices_audit_partial() -> None:
 def test_the_first_steps_of_an_answer_are_audited_densely() -> None:
     """Every fourth one, the first included: an answer that ends before the second plan has been looked at."""
     with worker_rig(
-        padded=True, audits_on_device=True, random_audits=0, interval_steps=64, early_audit_steps=64
+        padded=True,
+        audits_on_device=True,
+        random_audits=0,
+        interval_steps=64,
+        early_audit_steps=64,
+        early_audit_every_steps=4,
     ) as rig:
         rig.index.auto = wants(0)
         running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=30, audit=True)

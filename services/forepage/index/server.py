@@ -130,7 +130,7 @@ def build_servicer(
     config = read_config(model.path)
     spec = ModelSpec.from_config(config)
     geometry = KvGeometry.from_config(config, KvFormat(model.kv_format), KeyFormat(model.key_format))
-    device = torch.device(settings.index.device)
+    device = _device(settings.index)
     indexer = MemoryIndexer.load(model.path, spec, geometry.format, device, model.memory_indexer)
     store = KeyStore(arena_path(settings.coldpool.shm_dir, settings.instance), geometry, device)
     limits = QuestionLimits.of_model(
@@ -148,6 +148,13 @@ def build_servicer(
         clock=time.monotonic,
     )
     return servicer, store
+
+
+def _device(settings: IndexSettings) -> torch.device:
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _threshold(settings: IndexSettings, indexer: MemoryIndexer) -> float:

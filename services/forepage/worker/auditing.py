@@ -108,13 +108,16 @@ class Auditing:
         if sequence.is_exact or state.repair_since is not None or position < state.audits_from:
             return  # this step did not see the repair that is decided, or the last one
         before = sequence.guard
-        after, action = before.on_audit(recall)
+        missing = _missing(verdicts)
+        held = state.repair.keys() | {block_idx for block_idx, _ in missing}
+        num_repairs = len(held) if len(held) > len(state.repair) else None
+        after, action = before.on_audit(recall, num_repairs=num_repairs)
         if action is GuardAction.NONE:
             return
         sequence.guard = after
         if action is GuardAction.RAISE_BUDGET and not grow_promise(self._parts, sequence):
             sequence.guard, action = before.to_exact(), GuardAction.MOVE_TO_EXACT
-        self.escalate(sequence, action, position, _missing(verdicts))
+        self.escalate(sequence, action, position, missing)
 
     def escalate(
         self,
@@ -125,9 +128,12 @@ class Auditing:
     ) -> None:
         """Write down what the guard decided; the loop carries it out before the next step."""
         state, report = sequence.lookahead, sequence.report
-        report.escalations += 1
         state.repair_since = position
-        if action is GuardAction.RAISE_BUDGET:
+        if action is GuardAction.REPAIR:
+            report.repairs += 1
+        else:
+            report.escalations += 1
+        if action is not GuardAction.MOVE_TO_EXACT:
             for block_idx, mass in missing:
                 state.repair[block_idx] = max(mass, state.repair.get(block_idx, 0.0))
             state.repair_due = True

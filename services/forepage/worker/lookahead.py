@@ -92,7 +92,9 @@ class Lookahead:
         return tuple(audited_layers(sequence, self._parts.settings, num_c4, num_tokens=num_tokens))
 
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
-        """After a decode step of this sequence: a boundary, an audit, or nothing."""
+        """After a decode step of this sequence that left a tap: a boundary, an audit, or nothing."""
+        if tap.audit is not None:
+            self._auditing.take_audit(sequence, tap.audit)
         state, settings = sequence.lookahead, self._parts.settings
         step = sequence.report.decode_steps
         is_boundary = step >= state.next_boundary
@@ -112,8 +114,6 @@ class Lookahead:
             self._residency.start_fill(sequence)
         predict = is_boundary and sequence.room is not Room.FILLING
         audit = _is_audited(sequence) and not sequence.resident.keys_complete
-        if tap.audit is not None:
-            self._auditing.take_audit(sequence, tap.audit)
         self._ask(sequence, tap, predict=predict, audit=audit and tap.audit is None)
 
     def on_reply(self, reply: pb.LookaheadReply) -> None:
@@ -242,7 +242,7 @@ class Lookahead:
         if sequence.guard.exact and not sequence.holds.staging_ids:
             return  # not there yet: what paging misses was not looked at
         sequence.guard, _ = sequence.guard.on_boundary()
-        if not sequence.guard.raised:
+        if not sequence.guard.repaired:
             state.repair.clear()
 
     def _ask(self, sequence: Sequence, tap: StepTap, *, predict: bool, audit: bool) -> bool:

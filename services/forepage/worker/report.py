@@ -96,6 +96,7 @@ class Report:
     audits_partial: int = 0
     audits_lost: int = 0
     worker_audits: int = 0
+    repairs: int = 0
     escalations: int = 0
     moves_to_exact: int = 0
     tokens_before_escalation: int = 0
@@ -160,6 +161,7 @@ class Report:
             audits_partial=self.audits_partial,
             audits_lost=self.audits_lost,
             worker_audits=self.worker_audits,
+            repairs=self.repairs,
             escalations=self.escalations,
             moves_to_exact=self.moves_to_exact,
             tokens_before_escalation=self.tokens_before_escalation,

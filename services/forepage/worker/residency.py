@@ -27,8 +27,6 @@ PROMPT_SHARE = 0.75
 """Of the budget, at most: the rest is the memory indexer's."""
 REPAIR_SCORE = 2.0
 """Above every probability: what an audit found missing is kept before what was predicted."""
-REPAIR_SHARE = 0.5
-"""Of the raised budget, at most: the rest is what it was, so a repair never drives out what was held."""
 
 
 class Residency:
@@ -59,7 +57,7 @@ class Residency:
             [
                 *desired,
                 *_best(state.prompt, PROMPT_SCORE, int(budget * PROMPT_SHARE), below=pinned_from),
-                *_best(state.repair, REPAIR_SCORE, int(budget * REPAIR_SHARE), below=pinned_from),
+                *_best(state.repair, REPAIR_SCORE, sequence.guard.max_repairs, below=pinned_from),
             ],
             current,
             always_resident_from=BlockIdx(pinned_from),
