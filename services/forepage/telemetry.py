@@ -126,6 +126,7 @@ class MetricName(StrEnum):
     EVIDENCE_RECALL = "forepage.evidence.recall"
     MISSED_MASS = "forepage.evidence.missed_mass"
     ESCALATIONS = "forepage.escalations"
+    REDONE_STEPS = "forepage.redone_steps"
     KV_FOOTPRINT = "forepage.kv.footprint"
     PREDICTIONS = "forepage.index.predictions"
     INDEX_LATENCY = "forepage.index.latency"
@@ -160,6 +161,7 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     MetricName.EVIDENCE_RECALL: ("histogram", "1", "Evidence recall of audited layers"),
     MetricName.MISSED_MASS: ("histogram", "1", "Softmax mass on absent entries at audited layers"),
     MetricName.ESCALATIONS: ("counter", "{escalation}", "Audits below the floor that were answered, by how"),
+    MetricName.REDONE_STEPS: ("counter", "{step}", "Decode steps made again, what they missed being loaded"),
     MetricName.KV_FOOTPRINT: (
         "histogram",
         "1",

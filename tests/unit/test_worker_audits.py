@@ -236,9 +236,9 @@ def test_the_devices_own_audit_reports_the_brute_force_recall(device: str) -> No
                 wanted.append([brute_force(rig, running, audit) for audit in audits])
             after_step(sequence, tap)
 
-        def take(sequence: Sequence, audit: StepAudit) -> None:
+        def take(sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
             found.append([(v.num_evidence, v.num_evidence_resident) for v in audit.verdicts])
-            take_audit(sequence, audit)
+            return take_audit(sequence, audit, is_held=is_held)
 
         rig.loop._lookahead.after_step = look  # type: ignore[method-assign]
         auditing.take_audit = take  # type: ignore[method-assign]
@@ -306,3 +306,44 @@ def test_the_first_steps_of_an_answer_are_audited_densely() -> None:
     assert sorted(running.sequence.report.audited_positions) == [
         len(PROMPT) - 1 + step for step in (1, 5, 9, 13, 17, 21, 25, 29)
     ]
+
+
+def test_a_step_that_missed_evidence_gives_no_token_until_it_is_there() -> None:
+    """Guarded, from the first step on: every token comes from a step whose audit held."""
+    with worker_rig(
+        padded=True, audits_on_device=True, audit_layers=3, random_audits=0, early_audit_steps=64
+    ) as rig:
+        rig.index.auto = wants(0)
+        full = rig.submit(PROMPT, mode=ResidencyMode.FULL, max_tokens=24, name="full")
+        rig.run(full)
+        running = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=24, budget_blocks=4)
+        rig.run(running)
+        rig.check_baseline()
+    report = running.report
+    assert report.redone_steps > 0
+    assert report.repairs + report.escalations == report.redone_steps
+    assert report.decode_steps == 23, "a step that is made again counts once"
+    assert report.tokens_before_escalation == 0
+    assert running.tokens == full.tokens
+
+
+def test_a_held_step_repeats_its_position_and_leaves_the_same_state() -> None:
+    """What a step writes, it writes again: made twice, the answer is that of once."""
+    with worker_rig(
+        padded=True, audits_on_device=True, audit_layers=3, random_audits=0, early_audit_steps=64
+    ) as rig:
+        rig.index.auto = wants(*range(8))
+        once = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=20, budget_blocks=9, name="once")
+        rig.run(once)
+        lookahead, seen = rig.loop._lookahead, set[int]()
+
+        def redo_each_once(_: Sequence, audit: StepAudit, **_held: bool) -> bool:
+            is_new = audit.position not in seen
+            seen.add(audit.position)
+            return is_new
+
+        lookahead.must_redo = redo_each_once  # type: ignore[method-assign]
+        twice = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=20, budget_blocks=7, name="twice")
+        rig.run(twice)
+    assert twice.tokens == once.tokens
+    assert len(seen) >= 10

@@ -61,12 +61,23 @@ class Auditing:
             ]
             self._take(sequence, position, verdicts)
 
-    def take_audit(self, sequence: Sequence, audit: StepAudit) -> None:
-        """What the device found about a step."""
+    def take_audit(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
+        """What the device found about a step; whether the step must be made again.
+
+        Of a step whose token is still held back, a miss is repaired first; then the step counts for nothing.
+        """
+        recall = _recall(audit.verdicts)
+        if is_held and recall is not None and self._guard(sequence, audit.position, recall, audit.verdicts):
+            sequence.lookahead.missed = frozenset(idx for idx, _ in _missing(audit.verdicts))
+            sequence.lookahead.is_redone = True
+            sequence.report.redone_steps += 1
+            self._parts.telemetry.count(MetricName.REDONE_STEPS)
+            return True
         report = sequence.report
         report.worker_audits += 1
         report.audits_partial += audit.num_unread > 0
         self._take(sequence, audit.position, audit.verdicts)
+        return False
 
     def audit_here(self, sequence: Sequence, tap: StepTap, layers: Seq[int], num_blocks: int) -> None:
         """The index is down: score the absent blocks on the worker. Slower, and counted."""
@@ -100,24 +111,27 @@ class Auditing:
         if recall is None:
             return
         telemetry.record(MetricName.EVIDENCE_RECALL, recall)
-        if sequence.request.mode is ResidencyMode.GUARDED:
-            self._guard(sequence, position, recall, verdicts)
+        self._guard(sequence, position, recall, verdicts)
 
-    def _guard(self, sequence: Sequence, position: int, recall: float, verdicts: Seq[AuditVerdict]) -> None:
+    def _guard(self, sequence: Sequence, position: int, recall: float, verdicts: Seq[AuditVerdict]) -> bool:
+        """Let the guard look at an audited step; whether it did something about it."""
         state = sequence.lookahead
+        if sequence.request.mode is not ResidencyMode.GUARDED:
+            return False
         if sequence.is_exact or state.repair_since is not None or position < state.audits_from:
-            return  # this step did not see the repair that is decided, or the last one
+            return False  # this step did not see the repair that is decided, or the last one
         before = sequence.guard
         missing = _missing(verdicts)
         held = state.repair.keys() | {block_idx for block_idx, _ in missing}
         num_repairs = len(held) if len(held) > len(state.repair) else None
         after, action = before.on_audit(recall, num_repairs=num_repairs)
         if action is GuardAction.NONE:
-            return
+            return False
         sequence.guard = after
         if action is GuardAction.RAISE_BUDGET and not grow_promise(self._parts, sequence):
             sequence.guard, action = before.to_exact(), GuardAction.MOVE_TO_EXACT
         self.escalate(sequence, action, position, missing)
+        return True
 
     def escalate(
         self,
@@ -182,6 +196,12 @@ def _shadow_verdict(sequence: Sequence, tap: IndexerTap, row: int, topk: int) ->
         is_resident = BlockIdx(entry // BLOCK_ENTRIES) in rows
         (resident if is_resident else absent).append((entry, score))
     return merge_audit(resident, absent, topk=topk)
+
+
+def _recall(verdicts: Seq[AuditVerdict]) -> float | None:
+    """Of one step, its layers' counts summed; None when it had no evidence."""
+    num_evidence = sum(v.num_evidence for v in verdicts)
+    return sum(v.num_evidence_resident for v in verdicts) / num_evidence if num_evidence else None
 
 
 def _pairs(entries: Tensor, scores: Tensor) -> list[tuple[int, float]]:

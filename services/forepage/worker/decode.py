@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from forepage.errors import ForepageError, IntegrityError
 from forepage.telemetry import MetricName
-from forepage.worker.launched_step import DecodeRow, LaunchedStep, StepResult
+from forepage.worker.launched_step import DecodeRow, LaunchedStep
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import held_quota
 from forepage.worker.report import StepView
 from forepage.worker.sampler import Pick
-from forepage.worker.sequence import Phase, Sequence, Snapshot
+from forepage.worker.sequence import Phase, Sequence, Snapshot, StepTap
 from forepage.worker.write_back import WriteBack
 
 
@@ -30,6 +30,7 @@ class _Part:
     view: StepView
     clean: bool
     is_tapped: bool
+    is_held: bool
     snapshot: Snapshot | None
 
 
@@ -56,6 +57,11 @@ class Decode:
         """Steps launched and not read."""
         return len(self._unread)
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether a step under way must be read before the next: one of its tokens waits for a verdict."""
+        return any(part.is_held for unread in self._unread for part in unread.parts)
+
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether the block of the next token is there, or can be taken from what was promised."""
         if sequence.num_launched % self._parts.geometry.block_tokens:
@@ -77,6 +83,8 @@ class Decode:
     def read(self) -> Iterator[tuple[Sequence, Pick]]:
         """The oldest step's tokens in the order of its batch, each to be emitted before the next is taken.
 
+        A sequence whose step missed evidence and is made again has none among them.
+
         Raises: IntegrityError when a step attended less than it selected.
         """
         unread = self._unread.popleft()
@@ -84,9 +92,16 @@ class Decode:
         for row, part in enumerate(unread.parts):
             part.sequence.num_unread -= 1
             part.sequence.unread_taps -= part.is_tapped
-            if part.sequence.phase is not Phase.DONE:
-                self._take(part, unread.step, result, row)
-                yield part.sequence, result.picks[row]
+            if part.sequence.phase is Phase.DONE:
+                continue
+            if result.unserved[row]:
+                raise IntegrityError(f"{result.unserved[row]} selected rows were neither resident nor pulled")
+            tap = unread.step.tap(row) if part.is_tapped else None
+            audit = tap.audit if tap is not None else None
+            if audit and self._lookahead.must_redo(part.sequence, audit, is_held=part.is_held):
+                continue
+            self._take(part, result.pulled[row], tap)
+            yield part.sequence, result.picks[row]
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
@@ -112,7 +127,9 @@ class Decode:
         sequence.unread_taps += row.wants_tap
         ends_block = (row.position + 1) % self._parts.geometry.block_tokens == 0
         snapshot = self._write_back.snapshot_at(sequence, row.position + 1) if clean and ends_block else None
-        return _Part(sequence, view, clean, row.wants_tap, snapshot)
+        step = sequence.report.decode_steps + sequence.num_unread
+        is_held = bool(row.audit_layers) and self._lookahead.holds_token(sequence, step)
+        return _Part(sequence, view, clean, row.wants_tap, is_held, snapshot)
 
     def _view(self, sequence: Sequence) -> StepView:
         """Made anew only when something changed: it counts every block of the sequence."""
@@ -129,26 +146,23 @@ class Decode:
         self._views[sequence.incarnation] = key, view
         return view
 
-    def _take(self, part: _Part, step: LaunchedStep, result: StepResult, row: int) -> None:
+    def _take(self, part: _Part, num_pulled: int, tap: StepTap | None) -> None:
         sequence = part.sequence
-        if result.unserved[row]:
-            raise IntegrityError(f"{result.unserved[row]} selected rows were neither resident nor pulled")
         sequence.num_processed += 1
         sequence.clean &= part.clean
         sequence.report.add_step(part.view)
-        if demand_bytes := result.pulled[row] * self._parts.geometry.row_bytes:
+        if demand_bytes := num_pulled * self._parts.geometry.row_bytes:
             sequence.report.demand_bytes += demand_bytes
             self._parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
         if sequence.num_processed % self._parts.geometry.block_tokens == 0:
             self._write_back.store_finished(sequence)
             if sequence.clean and part.snapshot is not None:
                 sequence.snapshot = part.snapshot
-        if part.is_tapped:
-            self._look_ahead(sequence, step, row)
+        if tap is not None:
+            self._look_ahead(sequence, tap)
 
-    def _look_ahead(self, sequence: Sequence, step: LaunchedStep, row: int) -> None:
+    def _look_ahead(self, sequence: Sequence, tap: StepTap) -> None:
         """A step whose scores can't be audited (not finite) ends its own request, not the worker."""
-        tap = step.tap(row)
         if sequence.report.reads is not None:
             sequence.report.reads.add_step(tap.indexer, tap.row)
         try:

@@ -15,6 +15,7 @@ from forepage.rpc import index_pb2 as pb
 from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.telemetry import MetricName, SpanName, set_attributes, traceparent_of
 from forepage.worker.auditing import Auditing
+from forepage.worker.device_audit import StepAudit
 from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import Outcome, Question
 from forepage.worker.parts import WorkerParts
@@ -91,10 +92,18 @@ class Lookahead:
         num_tokens = sequence.num_launched + 1
         return tuple(audited_layers(sequence, self._parts.settings, num_c4, num_tokens=num_tokens))
 
+    def holds_token(self, sequence: Sequence, step: int) -> bool:
+        """Whether the step-th step's token waits for the verdict: of the first ones."""
+        is_guarded = sequence.request.mode is ResidencyMode.GUARDED
+        return is_guarded and step <= self._parts.settings.early_audit_steps
+
+    def must_redo(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
+        """Take in what the device found about the step just read; whether it must be made again."""
+        sequence.lookahead.is_redone = False
+        return self._auditing.take_audit(sequence, audit, is_held=is_held)
+
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
-        """After a decode step of this sequence that left a tap: a boundary, an audit, or nothing."""
-        if tap.audit is not None:
-            self._auditing.take_audit(sequence, tap.audit)
+        """After a decode step of this sequence: a boundary, an audit, or nothing."""
         state, settings = sequence.lookahead, self._parts.settings
         step = sequence.report.decode_steps
         is_boundary = step >= state.next_boundary

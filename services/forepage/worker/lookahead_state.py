@@ -67,6 +67,7 @@ class LookaheadState:
     `prompt` which blocks held evidence for the prompt's last tokens, and the largest share of it,
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
+    `is_redone`: the step that found the miss gave no token, and is made again after the repair.
     `repair_since` is the audited position a repair under way is for; audits of positions before
     `audits_from` saw the set from before the last one. For who watches: `just_loaded` are the blocks that
     the newest change brought, `missed` those that held evidence and were absent at the newest audited step.
@@ -83,11 +84,17 @@ class LookaheadState:
     repair_due: bool = False
     rebalance_due: bool = False
     repair_since: int | None = None
+    is_redone: bool = False
     audits_from: int = 0
     want_exact: bool = False
     just_loaded: frozenset[int] = frozenset()
     missed: frozenset[int] = frozenset()
     load: LoadUnderWay | None = None
+
+    @property
+    def awaits_repair(self) -> bool:
+        """Whether its next step is one that must be made again, and what it missed is not there yet."""
+        return self.is_redone and self.repair_since is not None
 
     def add_prompt_evidence(self, shares: Sequence[float]) -> None:
         """By block, of some of the prompt's last tokens."""

@@ -173,7 +173,7 @@ class Loop:
     def _ready(self) -> list[Sequence]:
         """Sequences that can take a decode step."""
         decodes = (s for s in self._live.values() if s.phase is Phase.DECODE and s.blocked_since_s is None)
-        return [s for s in decodes if not s.awaits_last_token]
+        return [s for s in decodes if not (s.awaits_last_token or s.lookahead.awaits_repair)]
 
     def _take_messages(self) -> None:
         while not self._inbox.empty():
@@ -266,7 +266,10 @@ class Loop:
         sequence.phase = Phase.DECODE
 
     def _decode_step(self, batch: list[Sequence]) -> None:
-        """Launch a step of all, read those before it; a sequence that the host samples can't run ahead."""
+        """Launch a step of all, read those before it.
+
+        With a sequence that the host samples, or whose token waits for its audit, nothing runs ahead.
+        """
         num_ahead = self._num_ahead
         if any(sequence.is_sampled_on_host for sequence in batch):
             num_ahead = 0
@@ -274,7 +277,7 @@ class Loop:
             batch = self._ready()
         if batch:
             self._decode.launch(batch)
-        self._read_steps(num_ahead)
+        self._read_steps(0 if self._decode.holds_tokens else num_ahead)
 
     def _read_steps(self, num_ahead: int) -> None:
         """Take in the oldest steps until so many are under way."""

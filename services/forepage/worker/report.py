@@ -97,6 +97,7 @@ class Report:
     audits_lost: int = 0
     worker_audits: int = 0
     repairs: int = 0
+    redone_steps: int = 0
     escalations: int = 0
     moves_to_exact: int = 0
     tokens_before_escalation: int = 0
@@ -162,6 +163,7 @@ class Report:
             audits_lost=self.audits_lost,
             worker_audits=self.worker_audits,
             repairs=self.repairs,
+            redone_steps=self.redone_steps,
             escalations=self.escalations,
             moves_to_exact=self.moves_to_exact,
             tokens_before_escalation=self.tokens_before_escalation,
