@@ -327,13 +327,15 @@ def test_a_step_that_missed_evidence_gives_no_token_until_it_is_there() -> None:
     assert running.tokens == full.tokens
 
 
-def test_a_held_step_repeats_its_position_and_leaves_the_same_state() -> None:
-    """What a step writes, it writes again: made twice, the answer is that of once."""
+@pytest.mark.parametrize("num_tokens", [2_400, 2_550], ids=["inside a block", "over a block's end"])
+def test_a_held_step_repeats_its_position_and_leaves_the_same_state(num_tokens: int) -> None:
+    """A step writes again what it wrote and takes no second block: made twice, the answer is that of once."""
+    prompt = text_tokens(num_tokens)
     with worker_rig(
         padded=True, audits_on_device=True, audit_layers=3, random_audits=0, early_audit_steps=64
     ) as rig:
         rig.index.auto = wants(*range(8))
-        once = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=20, budget_blocks=9, name="once")
+        once = rig.submit(prompt, mode=ResidencyMode.LOOKAHEAD, max_tokens=20, budget_blocks=7, name="once")
         rig.run(once)
         lookahead, seen = rig.loop._lookahead, set[int]()
 
@@ -343,7 +345,7 @@ def test_a_held_step_repeats_its_position_and_leaves_the_same_state() -> None:
             return is_new
 
         lookahead.must_redo = redo_each_once  # type: ignore[method-assign]
-        twice = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=20, budget_blocks=7, name="twice")
+        twice = rig.submit(prompt, mode=ResidencyMode.GUARDED, max_tokens=20, budget_blocks=7, name="twice")
         rig.run(twice)
     assert twice.tokens == once.tokens
     assert len(seen) >= 10

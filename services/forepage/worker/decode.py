@@ -64,7 +64,7 @@ class Decode:
 
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether the block of the next token is there, or can be taken from what was promised."""
-        if sequence.num_launched % self._parts.geometry.block_tokens:
+        if sequence.num_launched // self._parts.geometry.block_tokens < sequence.resident.num_blocks:
             return True
         holds, held = sequence.holds, held_quota(self._parts, sequence)
         return held.rows < holds.row_promise and held.keys < holds.key_promise
