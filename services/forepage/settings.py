@@ -119,6 +119,12 @@ class GatewaySettings(_Section):
     request_timeout_s: Seconds = Field(3600.0, description="a request's longest life")
     drain_timeout_s: Seconds = Field(30.0, description="on SIGTERM: how long streams may go on")
     worker_poll_s: Seconds = Field(1.0, description="how often the worker list and load are refreshed")
+    max_resumes: int = Field(
+        2, ge=0, description="how often an answer whose worker was lost may go on at another; 0: it ends"
+    )
+    resume_wait_s: float = Field(
+        10.0, ge=0, le=3600, description="how long such an answer waits for a worker that takes it over"
+    )
     dashboard: bool = Field(True, description="whether `/` serves the page that shows what is resident")
 
 

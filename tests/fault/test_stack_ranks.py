@@ -35,7 +35,11 @@ def arena_mappings(process_id: int, stack: Stack) -> set[tuple[str, str]]:
 
 
 def test_ranks_share_the_arena_and_their_loss_is_an_error(tmp_path: Path) -> None:
-    settings = {"FOREPAGE_WORKER__TENSOR_PARALLEL": "2", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "FOREPAGE_WORKER__TENSOR_PARALLEL": "2",
+        "FOREPAGE_GATEWAY__RESUME_WAIT_S": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     with running_stack(tmp_path, settings=settings) as stack:
         worker = stack.process_id("worker")
         (follower,) = followers(stack)

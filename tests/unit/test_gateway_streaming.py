@@ -105,7 +105,7 @@ async def test_worker_death_inside_a_stream_is_its_last_event(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:
     worker = await start_worker(script=endless)
-    gateway = await open_gateway(worker)
+    gateway = await open_gateway(worker, resume_wait_s=0)
     asking = asyncio.create_task(gateway.client.post("/v1/chat/completions", json=chat(stream=True)))
     await until(lambda: len(worker.requests) == 1)
     await worker.stop()

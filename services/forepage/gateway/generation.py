@@ -15,7 +15,8 @@ from forepage.gateway.choice import Choice, Piece
 from forepage.gateway.logprobs import LogprobReader, ScoredToken
 from forepage.gateway.replies import FinishReason, TokenCounts
 from forepage.gateway.residency_usage import Report, residency_usage
-from forepage.gateway.worker_client import Served, WorkerStream
+from forepage.gateway.resuming import ResumingStream
+from forepage.gateway.worker_client import Served
 from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import MetricName, Telemetry, set_attributes
 from forepage.text.answer_parser import AnswerParser, Delta
@@ -41,7 +42,7 @@ class Generation:
 
     def __init__(
         self,
-        stream: WorkerStream,
+        stream: ResumingStream,
         started: pb.Started,
         *,
         request_id: str,

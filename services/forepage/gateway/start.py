@@ -16,10 +16,11 @@ from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.conversation import conversation_of, thinking_mode
 from forepage.gateway.generation import Generation, Reading
 from forepage.gateway.residency_usage import residency_wish
+from forepage.gateway.resuming import Resumer, ResumingStream, started_of
 from forepage.gateway.routing import rank_workers
 from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
-from forepage.gateway.worker_client import WorkerClient, WorkerStream
+from forepage.gateway.worker_client import WorkerClient
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import GatewaySettings
@@ -83,14 +84,23 @@ class Starter:
             left_s = max(0.0, deadline_s - time.monotonic())
             try:
                 stream = worker.generate(request, timeout_s=left_s, span=span)
-                started = await self._started(stream)
+                started = await started_of(stream)
             except DependencyError:
                 if tried == min(len(workers), MAX_WORKERS_TRIED):
                     raise
                 self.telemetry.count(MetricName.FALLBACKS, fallback="other_worker")
             else:
+                resumer = Resumer(
+                    self.directory,
+                    self.telemetry,
+                    stream.served.model_name,
+                    span,
+                    deadline_s,
+                    self.settings.resume_wait_s,
+                    self.settings.max_resumes,
+                )
                 return Generation(
-                    stream,
+                    ResumingStream(stream, started, request, resumer),
                     started,
                     request_id=request.request_id,
                     tokenizer=self.tokenizer,
@@ -145,16 +155,6 @@ class Starter:
         if field is not None:
             raise RequestError("this model's tokenizer has no control token for it", field)
         return parts
-
-    async def _started(self, stream: WorkerStream) -> pb.Started:
-        try:
-            event = await stream.next_event()
-            if event.WhichOneof("event") != "started":
-                raise DependencyError(f"worker {stream.worker_id} did not say that it started")
-        except BaseException:
-            stream.close()
-            raise
-        return event.started
 
 
 def _context_of(worker: WorkerClient) -> int:

@@ -134,6 +134,11 @@ class WorkerStream:
         self._cut_by: ForepageError | None = None
 
     @property
+    def may_resume(self) -> bool:
+        """Whether another worker may go on with it: it was not ended from here."""
+        return self._cut_by is None
+
+    @property
     def served(self) -> Served:
         """What the worker serves."""
         return self._worker.served or Served("", "", 0)

@@ -111,20 +111,22 @@ class Residency(_message.Message):
     def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., threshold: _Optional[float] = ..., audit: bool = ..., reads: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos", "answered_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     residency: Residency
     cache_salt: str
     ignore_eos: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ..., cache_salt: _Optional[str] = ..., ignore_eos: bool = ...) -> None: ...
+    answered_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ..., cache_salt: _Optional[str] = ..., ignore_eos: bool = ..., answered_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("started", "tokens", "finished", "failed")
@@ -179,7 +181,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., residency: _Optional[_Union[ResidencyReport, _Mapping]] = ...) -> None: ...
 
 class ResidencyReport(_message.Message):
-    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits", "plan_source", "footprint_flash", "chosen_blocks_mean", "evidence_recall_steps", "resident_block_idx", "read_block_idx", "read_mass", "repairs", "redone_steps")
+    __slots__ = ("mode_requested", "mode_final", "full_by_size", "audited_steps", "audited_layers", "decode_steps", "audited_share", "audits_without_evidence", "audits_partial", "audits_lost", "evidence_recall_mean", "evidence_recall_min", "evidence_recall_low95", "missed_mass_mean", "recall_at_k_mean", "escalations", "moves_to_exact", "tokens_before_escalation", "intervals", "late_plans", "index_down_intervals", "discarded_plans", "budget_blocks", "chosen_blocks_max", "always_resident_blocks_max", "resident_blocks_max", "load_slack_blocks", "demand_bytes", "prefetch_bytes", "kv_footprint", "c4_footprint", "prefetch_latency_ms_mean", "prefetch_latency_ms_max", "prefill_workspace_blocks", "full_steps", "paged_steps", "exact_steps", "paused_ms", "worker_audits", "plan_source", "footprint_flash", "chosen_blocks_mean", "evidence_recall_steps", "resident_block_idx", "read_block_idx", "read_mass", "repairs", "redone_steps", "resumed_tokens")
     MODE_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     MODE_FINAL_FIELD_NUMBER: _ClassVar[int]
     FULL_BY_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -228,6 +230,7 @@ class ResidencyReport(_message.Message):
     READ_MASS_FIELD_NUMBER: _ClassVar[int]
     REPAIRS_FIELD_NUMBER: _ClassVar[int]
     REDONE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     mode_requested: ResidencyMode
     mode_final: ResidencyMode
     full_by_size: bool
@@ -276,7 +279,8 @@ class ResidencyReport(_message.Message):
     read_mass: _containers.RepeatedScalarFieldContainer[float]
     repairs: int
     redone_steps: int
-    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., footprint_flash: _Optional[float] = ..., chosen_blocks_mean: _Optional[float] = ..., evidence_recall_steps: _Optional[_Iterable[float]] = ..., resident_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., read_mass: _Optional[_Iterable[float]] = ..., repairs: _Optional[int] = ..., redone_steps: _Optional[int] = ...) -> None: ...
+    resumed_tokens: int
+    def __init__(self, mode_requested: _Optional[_Union[ResidencyMode, str]] = ..., mode_final: _Optional[_Union[ResidencyMode, str]] = ..., full_by_size: bool = ..., audited_steps: _Optional[int] = ..., audited_layers: _Optional[int] = ..., decode_steps: _Optional[int] = ..., audited_share: _Optional[float] = ..., audits_without_evidence: _Optional[int] = ..., audits_partial: _Optional[int] = ..., audits_lost: _Optional[int] = ..., evidence_recall_mean: _Optional[float] = ..., evidence_recall_min: _Optional[float] = ..., evidence_recall_low95: _Optional[float] = ..., missed_mass_mean: _Optional[float] = ..., recall_at_k_mean: _Optional[float] = ..., escalations: _Optional[int] = ..., moves_to_exact: _Optional[int] = ..., tokens_before_escalation: _Optional[int] = ..., intervals: _Optional[int] = ..., late_plans: _Optional[int] = ..., index_down_intervals: _Optional[int] = ..., discarded_plans: _Optional[int] = ..., budget_blocks: _Optional[int] = ..., chosen_blocks_max: _Optional[int] = ..., always_resident_blocks_max: _Optional[int] = ..., resident_blocks_max: _Optional[int] = ..., load_slack_blocks: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., kv_footprint: _Optional[float] = ..., c4_footprint: _Optional[float] = ..., prefetch_latency_ms_mean: _Optional[float] = ..., prefetch_latency_ms_max: _Optional[float] = ..., prefill_workspace_blocks: _Optional[int] = ..., full_steps: _Optional[int] = ..., paged_steps: _Optional[int] = ..., exact_steps: _Optional[int] = ..., paused_ms: _Optional[int] = ..., worker_audits: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., footprint_flash: _Optional[float] = ..., chosen_blocks_mean: _Optional[float] = ..., evidence_recall_steps: _Optional[_Iterable[float]] = ..., resident_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., read_mass: _Optional[_Iterable[float]] = ..., repairs: _Optional[int] = ..., redone_steps: _Optional[int] = ..., resumed_tokens: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param", "retry_after_s")

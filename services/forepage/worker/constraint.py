@@ -60,7 +60,10 @@ class GrammarTokenizer:
         if matcher is None:
             return None
         free = self._all_but(kept_for_later)
-        return Constraint(matcher, request.free_until, free)
+        constraint = Constraint(matcher, request.free_until, free)
+        for token in request.answered:
+            constraint.take(token)
+        return constraint
 
     def _matcher(self, grammar: str, field: str) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)

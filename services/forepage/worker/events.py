@@ -21,7 +21,9 @@ def tokens_event(pick: Pick) -> pb.GenerateEvent:
 def started_event(sequence: Sequence) -> pb.GenerateEvent:
     """Admitted, its cached prefix on the device."""
     return pb.GenerateEvent(
-        started=pb.Started(prompt_tokens=len(sequence.request.prompt), cached_tokens=sequence.cached_tokens)
+        started=pb.Started(
+            prompt_tokens=sequence.request.num_prompt_tokens, cached_tokens=_cached_tokens(sequence)
+        )
     )
 
 
@@ -30,9 +32,9 @@ def finished_event(parts: WorkerParts, sequence: Sequence, reason: pb.FinishReas
     return pb.GenerateEvent(
         finished=pb.Finished(
             reason=reason,
-            prompt_tokens=len(sequence.request.prompt),
-            cached_tokens=sequence.cached_tokens,
-            completion_tokens=sequence.num_generated,
+            prompt_tokens=sequence.request.num_prompt_tokens,
+            cached_tokens=_cached_tokens(sequence),
+            completion_tokens=sequence.num_answer_tokens,
             residency=residency_report(parts, sequence),
         )
     )
@@ -48,3 +50,8 @@ def failed_event(error: ForepageError) -> pb.GenerateEvent:
             retry_after_s=error.retry_after_s or 0.0,
         )
     )
+
+
+def _cached_tokens(sequence: Sequence) -> int:
+    """Of the caller's prompt: what is cached of an answer so far is no part of it."""
+    return min(sequence.cached_tokens, sequence.request.num_prompt_tokens)

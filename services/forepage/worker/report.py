@@ -190,6 +190,7 @@ class Report:
             chosen_blocks_mean=self.chosen.value or 0.0,
             evidence_recall_steps=self.recall.steps if request.audit else (),
             resident_block_idx=sorted(self.seen_blocks or ()),
+            resumed_tokens=request.num_answered,
         )
         for name, value in (
             ("evidence_recall_mean", self.recall.mean),

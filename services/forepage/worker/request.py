@@ -29,7 +29,10 @@ PROTO_OF_MODE = {mode: number for number, mode in MODE_OF_PROTO.items()}
 
 @dataclass(frozen=True)
 class Request:
-    """One generation. `max_tokens` counts generated tokens; `budget_blocks` those chosen by score."""
+    """One generation. `max_tokens` counts tokens to generate here; `budget_blocks` those chosen by score.
+
+    `prompt` ends with the `num_answered` tokens that a worker which was lost had generated before.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -53,6 +56,17 @@ class Request:
     """Audit whatever the mode, and report each audited step."""
     reads: bool = False
     """Report which blocks were read for the answer."""
+    num_answered: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens that the caller sent."""
+        return len(self.prompt) - self.num_answered
+
+    @property
+    def answered(self) -> tuple[int, ...]:
+        """Tokens generated before, by another worker."""
+        return self.prompt[self.num_prompt_tokens :]
 
     @property
     def total_tokens(self) -> int:
@@ -64,18 +78,20 @@ class Request:
         cls, message: pb.GenerateRequest, settings: WorkerSettings, *, vocab_size: int, eos: int
     ) -> "Request":
         """Check every field. Raises: RequestError naming the field."""
-        prompt, how, residency = tuple(message.prompt_token_ids), message.sampling, message.residency
-        if not prompt:
+        answered, how, residency = message.answered_token_ids, message.sampling, message.residency
+        if not message.prompt_token_ids:
             raise RequestError("the prompt has no tokens", "prompt_token_ids")
+        prompt = (*message.prompt_token_ids, *answered)
         if max(prompt) >= vocab_size:
             raise RequestError(
                 f"token {max(prompt)} is beyond the vocabulary of {vocab_size}", "prompt_token_ids"
             )
-        if how.max_tokens < 1:
-            raise RequestError("max_tokens must be at least 1", "max_tokens")
-        if len(prompt) + how.max_tokens > settings.max_context_tokens:
+        max_tokens = how.max_tokens - len(answered)
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least {len(answered) + 1}", "max_tokens")
+        if len(prompt) + max_tokens > settings.max_context_tokens:
             raise ContextLengthError(
-                f"{len(prompt)} prompt tokens and {how.max_tokens} to generate exceed "
+                f"{len(prompt)} prompt tokens and {max_tokens} to generate exceed "
                 f"{settings.max_context_tokens}; shorten the prompt or lower max_tokens",
                 "prompt_token_ids",
             )
@@ -91,7 +107,7 @@ class Request:
             request_id=message.request_id,
             prompt=prompt,
             sampling=_sampling(how),
-            max_tokens=how.max_tokens,
+            max_tokens=max_tokens,
             stop_token_ids=frozenset(stop),
             mode=MODE_OF_PROTO.get(residency.mode, settings.default_mode),
             min_recall=min_recall,
@@ -105,6 +121,7 @@ class Request:
             threshold=residency.threshold if residency.HasField("threshold") else None,
             audit=residency.audit,
             reads=residency.reads,
+            num_answered=len(answered),
         )
 
 

@@ -178,7 +178,12 @@ class Sequence:
         report = Report(
             seen_blocks=set() if request.audit else None, reads=Reads() if request.reads else None
         )
-        return cls(request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen, report=report)
+        started = cls(
+            request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen, report=report
+        )
+        if request.sampling.has_penalty:
+            started.generated.update(request.answered)
+        return started
 
     @property
     def holds(self) -> DeviceHoldings:
@@ -193,8 +198,13 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated here so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of the answer so far, also those of a worker that was lost."""
+        return self.request.num_answered + self.num_generated
 
     @property
     def num_launched(self) -> int:
