@@ -309,10 +309,12 @@ def worker_rig(
     device_name: str = "cpu",
     model_path: Path = SEEDED_MODEL,
     arena_slots: int = 200,
+    arena: MemoryArena | None = None,
     **changes: Any,
 ) -> Iterator[WorkerRig]:
     """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
 
+    `arena` is one that outlives the rig, as an arena outlives a worker.
     `padded`: decode steps go through static buffers, as on a GPU; `audits_on_device`: so do audits.
     """
     defaults: dict[str, Any] = {
@@ -336,7 +338,8 @@ def worker_rig(
     )
     settings = Settings(worker=WorkerSettings(**{**defaults, **changes}), model=model)
     folder, device = ModelFolder.read(settings.model), torch.device(device_name)
-    arena = MemoryArena(folder.geometry, num_slots=arena_slots, is_pinned=device.type == "cuda")
+    if arena is None:
+        arena = MemoryArena(folder.geometry, num_slots=arena_slots, is_pinned=device.type == "cuda")
     index = ScriptedIndex()
     telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
 
