@@ -1,0 +1,1 @@
+"""Soak and overload: many requests of every kind, and what is left of them in memory and blocks."""
