@@ -307,7 +307,7 @@ def test_a_held_step_repeats_its_position_and_leaves_the_same_state(num_tokens: 
             seen.add(audit.position)
             return is_new
 
-        lookahead.must_redo = redo_each_once  # type: ignore[method-assign]
+        lookahead.must_redo = redo_each_once  # type: ignore[method-assign, assignment]
         twice = rig.submit(prompt, mode=ResidencyMode.GUARDED, max_tokens=20, budget_blocks=7, name="twice")
         rig.run(twice)
     assert twice.tokens == once.tokens
