@@ -34,6 +34,7 @@ def run(
     max_running: Annotated[int, typer.Option(min=1, help="sequences that the worker runs at once")] = 8,
     factor: Annotated[float, typer.Option(min=1.0, help="of the overload; 1: none is made")] = 4.0,
     window_s: Annotated[float, typer.Option(min=1.0, help="of the overload")] = 20.0,
+    answer_scale: Annotated[int, typer.Option(min=1, help="length of answers: longer, larger batches")] = 1,
     seeded: Annotated[bool, typer.Option(help="random weights instead of the default model")] = False,
     seed: Annotated[int, typer.Option(help="of the traffic")] = 0,
     out: Annotated[Path, typer.Option(help="folder of reliability.json")] = RESULTS,
@@ -52,7 +53,7 @@ def run(
     async def measure() -> list[Row]:
         rows = []
         async with running_system(environ) as system:
-            rows.append(await soak(system, SoakPlan(requests, concurrency, seed)))
+            rows.append(await soak(system, SoakPlan(requests, concurrency, seed, answer_scale)))
             _tell(rows[-1])
             _write(out, rows, config)
             if factor > 1:

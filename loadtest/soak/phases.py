@@ -47,6 +47,8 @@ class SoakPlan:
     num_requests: int = 2000
     concurrency: int = 16
     seed: int = 0
+    answer_scale: int = 1
+    """Long answers make large batches: while one is decoded others are prefilled, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ async def soak(system: System, plan: SoakPlan) -> Row:
         half = plan.num_requests // 2
         began_s = time.monotonic()
         async with _busiest(system) as busiest:
-            first = await closed_loop(client, mixed(half, plan.seed), model, concurrency=plan.concurrency)
+            first = await closed_loop(
+                client, mixed(half, plan.seed, plan.answer_scale), model, concurrency=plan.concurrency
+            )
             middle = await system.idle_holdings()
-            rest = mixed(plan.num_requests - half, plan.seed + 1)
+            rest = mixed(plan.num_requests - half, plan.seed + 1, plan.answer_scale)
             second = await closed_loop(client, rest, model, concurrency=plan.concurrency)
         took_s = time.monotonic() - began_s
     end = await system.idle_holdings()

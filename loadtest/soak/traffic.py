@@ -75,15 +75,15 @@ class Answered:
     longest_gap_s: float = 0.0
 
 
-def mixed(count: int, seed: int) -> Iterator[Asked]:
-    """So many requests of every kind."""
+def mixed(count: int, seed: int, answer_scale: int = 1) -> Iterator[Asked]:
+    """So many requests of every kind; answers are long in proportion to `answer_scale`."""
     chance = random.Random(seed)
     for _ in range(count):
         if chance.random() < CHECKED_SHARE:
             number = chance.randrange(NUM_CHECKED)
             yield known(number, chance.choice([ResidencyMode.FULL, ResidencyMode.EXACT]))
             continue
-        max_tokens = chance.choice((1, 2, 4, 8, 16))
+        max_tokens = answer_scale * chance.choice((1, 2, 4, 8, 16))
         leaves = chance.random() < ABORTED_SHARE
         (length,) = chance.choices(LENGTHS, LENGTH_WEIGHTS)
         yield Asked(

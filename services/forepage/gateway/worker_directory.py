@@ -1,7 +1,8 @@
 """The workers this gateway knows: found by a source, polled for load and health, kept through outages.
 
-While the source is down the last known set stays (counted). A worker that left the set gets no new
-requests; its channel is closed when its last stream has ended.
+While the source is down the last known set stays (counted). A worker that the source no longer names stays
+as long as it answers and does not say that it drains (counted too): a source may lose what it was told. One
+that left gets no new requests; its channel is closed when its last stream has ended.
 """
 
 import asyncio
@@ -73,7 +74,10 @@ class WorkerDirectory:
 
     def _adopt(self, addresses: Sequence[str]) -> None:
         for worker in self._workers.values():
-            worker.wanted = worker.address in addresses
+            is_named = worker.address in addresses
+            if worker.usable and not is_named:
+                self._telemetry.count(MetricName.FALLBACKS, fallback="unlisted_worker")
+            worker.wanted = is_named or worker.usable
         for address in addresses:
             if address not in self._workers:
                 self._workers[address] = WorkerClient(address)
