@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn, cast
 
 import typer
 
+from forepage.console.cli import register as register_console
 from forepage.errors import ForepageError, IntegrityError
 from forepage.launch.health import Role, role_is_ready
 from forepage.settings import Settings, SettingsError, load_settings
@@ -27,6 +28,7 @@ GPU_BYTES = 80 << 30
 RoleMain = Callable[[Settings, asyncio.Event], Awaitable[None]]
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(train_app, name="train")
+register_console(app)
 
 
 @app.callback()

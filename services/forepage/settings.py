@@ -235,10 +235,16 @@ class WorkerSettings(_Section):
 
 
 class TelemetrySettings(_Section):
-    """Logs and traces; exporters are chosen by the SDK's own OTEL_* variables."""
+    """Logs and traces; exporters over the network are chosen by the SDK's own OTEL_* variables."""
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level logged")
     log_json: bool = Field(True, description="one JSON object a line; false: for reading")
+    span_dir: Path | None = Field(
+        None,
+        description="folder where each process keeps its newest spans for `forepage trace`; "
+        "none: nowhere (`forepage up`: its run folder)",
+    )
+    span_bytes: int = Field(16 << 20, ge=1 << 16, description="bound of one process's spans in span_dir")
 
 
 class Settings(BaseSettings):

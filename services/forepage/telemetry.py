@@ -40,6 +40,7 @@ class SpanName(StrEnum):
     WORKER_GENERATE = "forepage.worker.generate"
     WORKER_ADMIT = "forepage.worker.admit"
     WORKER_PREFILL = "forepage.worker.prefill"
+    WORKER_DECODE = "forepage.worker.decode"
     INTERVAL = "forepage.lookahead.interval"
     PREDICT = "forepage.lookahead.predict"
     LOAD = "forepage.lookahead.load"
@@ -58,6 +59,7 @@ SPAN_PARENTS: dict[SpanName, SpanName | None] = {
     SpanName.WORKER_GENERATE: SpanName.GATEWAY_GENERATE,
     SpanName.WORKER_ADMIT: SpanName.WORKER_GENERATE,
     SpanName.WORKER_PREFILL: SpanName.WORKER_GENERATE,
+    SpanName.WORKER_DECODE: SpanName.WORKER_GENERATE,
     SpanName.INTERVAL: SpanName.WORKER_GENERATE,
     SpanName.PREDICT: SpanName.INTERVAL,
     SpanName.LOAD: SpanName.INTERVAL,
@@ -266,7 +268,8 @@ def open_telemetry(
     """Set up traces and metrics of one process.
 
     `prometheus` registers with the default prometheus_client registry (the gateway serves it at
-    /metrics); `metrics_port` also serves it on its own port. Processors and readers are for tests.
+    /metrics); `metrics_port` also serves it on its own port. `span_processors` take what is not exported
+    over OTLP (span_log.py); readers are for tests.
     """
     resource = Resource.create({"service.name": f"forepage-{service}", "service.instance.id": instance_id})
     tracer_provider = TracerProvider(resource=resource)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "triton", "forepage_kernels"}
 SERVICES = ROOT / "services" / "forepage"
-LIGHT_PACKAGES = ("kv", "text", "coldpool", "gateway", "launch", "rpc")
+LIGHT_PACKAGES = ("kv", "text", "coldpool", "gateway", "console", "launch", "rpc")
 LIGHT_MODULES = sorted(
     ".".join(path.relative_to(SERVICES.parent).with_suffix("").parts)
     for package in LIGHT_PACKAGES

@@ -19,7 +19,8 @@ DOCUMENT_TOKENS = 16_400
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     """Started once: the processes are real, the tests differ in what they send."""
     logs: Path = tmp_path_factory.mktemp("logs")
-    with receiving_spans() as (spans, endpoint), running_stack(logs, otlp=endpoint) as stack:
+    kept = {"FOREPAGE_TELEMETRY__SPAN_DIR": str(logs / "spans")}
+    with receiving_spans() as (spans, endpoint), running_stack(logs, otlp=endpoint, settings=kept) as stack:
         yield Traced(stack, spans)
     assert stack.leftovers() == []
 

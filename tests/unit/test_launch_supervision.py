@@ -16,7 +16,9 @@ import pytest
 from rich.console import Console
 
 from forepage.launch.child import ChildSpec, Patience
+from forepage.launch.health import Role
 from forepage.launch.instance import LaunchError
+from forepage.launch.run_card import running_card
 from forepage.launch.terminal import Terminal
 from forepage.launch.up import run_up
 from forepage.launch.wiring import valkey_spec
@@ -148,7 +150,11 @@ async def test_up_starts_in_order_and_ends_in_reverse_order(host: FakeHost) -> N
 async def test_up_removes_what_the_instance_left_in_shared_memory(host: FakeHost) -> None:
     async with host.up(host.spec("a")):
         (host.folder / "shm" / "forepage-default-arena").touch()
-        assert (host.folder / "shm" / "forepage-default-up.lock").exists()
+        card = running_card(host.folder / "shm", "default")
+        assert card is not None
+        assert card.pid == os.getpid()
+        assert card.span_dir == f"{card.run_dir}/spans"
+        assert set(card.addresses) == set(Role)
     assert list((host.folder / "shm").iterdir()) == []
 
 

@@ -38,6 +38,7 @@ from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.rpc.coldpool_pb2_grpc import add_ColdPoolServicer_to_server
 from forepage.rpc.edge import serving
 from forepage.settings import ModelSettings, Settings, Tier
+from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_logs, open_telemetry
 
 REDIS_TIMEOUT_S = 1.0
@@ -65,7 +66,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """
     open_logs("coldpool", settings.telemetry)
     telemetry = open_telemetry(
-        "coldpool", instance_id=settings.instance, metrics_port=settings.coldpool.metrics_port
+        "coldpool",
+        instance_id=settings.instance,
+        metrics_port=settings.coldpool.metrics_port,
+        span_processors=span_log_processors("coldpool", settings.telemetry),
     )
     try:
         await serve(settings, stop, telemetry)

@@ -31,6 +31,7 @@ from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
 from forepage.release import release_version
 from forepage.settings import GatewaySettings, Settings, SettingsError
+from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_logs, open_telemetry
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
@@ -83,7 +84,10 @@ async def run(
     tokenizer, wording = Tokenizer.load(settings.model.path), Wording.load(settings.model.path)
     async with AsyncExitStack() as stack:
         telemetry = open_telemetry(
-            "gateway", instance_id=f"{socket.gethostname()}-{os.getpid()}", prometheus=True
+            "gateway",
+            instance_id=f"{socket.gethostname()}-{os.getpid()}",
+            prometheus=True,
+            span_processors=span_log_processors("gateway", settings.telemetry),
         )
         stack.callback(telemetry.close)
         directory = WorkerDirectory(_worker_source(settings, telemetry), telemetry)

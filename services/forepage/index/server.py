@@ -25,6 +25,7 @@ from forepage.model.spec import ModelSpec, read_config
 from forepage.rpc.edge import serving
 from forepage.rpc.index_pb2_grpc import add_LookaheadIndexServicer_to_server
 from forepage.settings import IndexSettings, Settings
+from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_logs, open_telemetry
 
 ARENA_POLL_S = 0.1
@@ -39,7 +40,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """
     open_logs("index", settings.telemetry)
     telemetry = open_telemetry(
-        "index", instance_id=settings.instance, metrics_port=settings.index.metrics_port
+        "index",
+        instance_id=settings.instance,
+        metrics_port=settings.index.metrics_port,
+        span_processors=span_log_processors("index", settings.telemetry),
     )
     # Questions run beside each other instead: threads that share one wait for the slowest at every
     # operation, which on a busy 2-core host made scoring 1M tokens 5 to 100 times slower.

@@ -8,6 +8,7 @@ import asyncio
 import json
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from forepage.settings import Settings
 
@@ -56,8 +57,15 @@ def dialable(listen: str) -> str:
 
 async def served_models(settings: Settings, *, timeout_s: float) -> list[str]:
     """Names of the models that the gateway serves; none if it does not say."""
-    body = await _http_get(settings, "/v1/models", timeout_s=timeout_s)
-    return [card["id"] for card in json.loads(body)["data"]] if body else []
+    body = await http_json(settings, "/v1/models", timeout_s=timeout_s)
+    return [card["id"] for card in body["data"]] if body else []
+
+
+async def http_json(settings: Settings, path: str, *, timeout_s: float) -> dict[str, Any] | None:
+    """What the gateway answers there; None if it does not answer 200."""
+    body = await _http_get(settings, path, timeout_s=timeout_s)
+    found: dict[str, Any] | None = None if body is None else json.loads(body)
+    return found
 
 
 async def _http_get(settings: Settings, path: str, *, timeout_s: float) -> bytes | None:

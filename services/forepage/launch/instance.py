@@ -19,7 +19,7 @@ class LaunchError(Exception):
 @contextmanager
 def instance_lock(shm_dir: Path, instance: str) -> Iterator[None]:
     """Hold the instance for the block. Raises: LaunchError while another `forepage up` holds it."""
-    path = shm_dir / f"forepage-{instance}-up.lock"
+    path = lock_path(shm_dir, instance)
     descriptor = _lock(path)
     if descriptor is None:
         raise LaunchError(
@@ -31,6 +31,11 @@ def instance_lock(shm_dir: Path, instance: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def lock_path(shm_dir: Path, instance: str) -> Path:
+    """The file whose flock `forepage up` holds; run_card.py says what is written in it."""
+    return shm_dir / f"forepage-{instance}-up.lock"
 
 
 def _lock(path: Path) -> int | None:
@@ -59,14 +64,15 @@ def remove_leftovers(shm_dir: Path, instance: str) -> list[Path]:
     held = []
     for path in sorted(shm_dir.glob("forepage-*")):
         if ours.fullmatch(path.name):
-            if _is_held(path):
+            if is_held(path):
                 held.append(path)
             else:
                 path.unlink(missing_ok=True)
     return held
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Whether a live process holds the lock of this file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

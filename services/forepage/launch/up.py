@@ -6,17 +6,28 @@ timeout; a second signal hurries.
 
 import asyncio
 import json
+import os
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forepage.launch.child import Child, ChildSpec, Patience
 from forepage.launch.child_log import follow_warnings
-from forepage.launch.health import dialable, served_models
+from forepage.launch.health import dialable, listen_of, served_models
 from forepage.launch.instance import LaunchError, instance_lock, remove_leftovers
+from forepage.launch.run_card import RunCard
 from forepage.launch.terminal import Terminal
-from forepage.launch.wiring import PROBE_TIMEOUT_S, check_ports, check_room, child_specs, placed
+from forepage.launch.wiring import (
+    PROBE_TIMEOUT_S,
+    START_ORDER,
+    check_ports,
+    check_room,
+    child_specs,
+    placed,
+    span_dir,
+)
 from forepage.settings import Settings
 
 PATIENCE = Patience()
@@ -53,6 +64,14 @@ async def run_up(
             for spec in specs(settings, run_dir)
         ]
         terminal.tell(f"logs: {run_dir}")
+        card = RunCard(
+            pid=os.getpid(),
+            started_s=time.time(),
+            run_dir=str(run_dir),
+            span_dir=str(span_dir(settings, run_dir)),
+            addresses={role.value: dialable(listen_of(role, settings)) for role in START_ORDER},
+        )
+        card.leave(shm_dir, instance)
         try:
             await _supervise(children, settings=settings, terminal=terminal)
         except ExceptionGroup as failures:
@@ -129,7 +148,8 @@ def _announcement(settings: Settings, *, model: str) -> str:
     return (
         f"\nforepage is up at {url}{page}\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
-        f"metrics: {url}/metrics ({more})\nCtrl-C stops everything.\n"
+        f"metrics: {url}/metrics ({more})\n"
+        "in another terminal: `forepage status`, `forepage trace`\nCtrl-C stops everything.\n"
     )
 
 

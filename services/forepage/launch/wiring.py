@@ -91,6 +91,7 @@ def child_specs(
     told |= {
         _name(section, field): str(getattr(getattr(settings, section), field)) for section, field in _PLACED
     }
+    told["FOREPAGE_TELEMETRY__SPAN_DIR"] = str(span_dir(settings, run_dir))
     specs = []
     first: tuple[str, ...] = ()
     if settings.redis_url is None:
@@ -109,6 +110,11 @@ def child_specs(
             )
         )
     return specs
+
+
+def span_dir(settings: Settings, run_dir: Path) -> Path:
+    """Where the children keep their newest spans, for `forepage trace`."""
+    return settings.telemetry.span_dir or run_dir / "spans"
 
 
 def valkey_spec(run_dir: Path, *, environ: Mapping[str, str] = os.environ) -> ChildSpec:

@@ -21,7 +21,7 @@ from forepage.model.rank_group import RankLostError
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode
-from forepage.telemetry import fail_span, set_attributes
+from forepage.telemetry import SpanName, fail_span, set_attributes
 from forepage.worker.admission import Admission, free_device
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
@@ -264,6 +264,7 @@ class Loop:
         if sequence.request.mode is ResidencyMode.EXACT:
             self._residency.enter_exact(sequence)
         sequence.phase = Phase.DECODE
+        sequence.stage_span = self._parts.telemetry.start_span(SpanName.WORKER_DECODE, sequence.span)
 
     def _decode_step(self, batch: list[Sequence]) -> None:
         """Launch a step of all, read those before it.

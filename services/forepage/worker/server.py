@@ -17,6 +17,7 @@ from forepage.model.tensor_parallel import check_split
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import serving
 from forepage.settings import Settings
+from forepage.span_log import span_log_processors
 from forepage.telemetry import open_logs, open_telemetry
 from forepage.worker.arena_access import ArenaAccess
 from forepage.worker.arena_mapping import PinnedArena
@@ -40,7 +41,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """
     open_logs("worker", settings.telemetry)
     telemetry = open_telemetry(
-        "worker", instance_id=settings.worker.worker_id, metrics_port=settings.worker.metrics_port
+        "worker",
+        instance_id=settings.worker.worker_id,
+        metrics_port=settings.worker.metrics_port,
+        span_processors=span_log_processors("worker", settings.telemetry),
     )
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.close)
