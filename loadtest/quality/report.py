@@ -40,7 +40,7 @@ def result_of(
     answers: Sequence[Answer], *, command: str, device: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The whole file: what every result file has, then the rows."""
-    commit = _commit()
+    commit = commit_of_tree()
     return {
         "what": WHAT,
         "command": command,
@@ -186,7 +186,8 @@ def _line(panel: Any, points: Sequence[Row], arm: Arm, number: int) -> None:
     )
 
 
-def _commit() -> str | None:
+def commit_of_tree() -> str | None:
+    """The commit that these files are of; None outside a git work tree."""
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"],
