@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 # Empty, or not reachable: torch comes from pip's own index like everything else.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
-PYTHON_FILES := services kernels tests $(if $(wildcard loadtest/*.py loadtest/*/*.py),loadtest)
+PYTHON_FILES := services kernels tests docker/compose_test.py $(if $(wildcard loadtest/*.py loadtest/*/*.py),loadtest)
 TORCH := $(shell sed -n 's/.*"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml | head -n 1)
 heading = @printf '\n== %s\n'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # the gate's steps in their order
-.PHONY: help up test check lint types imports unit format protos settings-table clean
+.PHONY: help up test compose-test check lint types imports unit format protos settings-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +24,9 @@ up: $(VENV)/.local  ## install what one machine needs, then start everything on 
 	@exec $(BIN)/forepage up
 
 test: $(VENV)/.dev lint types imports unit  ## the gate: format, lint, types, import rules, tests
+
+compose-test: $(VENV)/.dev  ## build the images and try the stack of compose.yaml; needs Docker, or root on Debian
+	@$(BIN)/python docker/compose_test.py $(COMPOSE_TEST)
 
 check: $(VENV)/.dev lint types imports  ## the gate without the tests
 

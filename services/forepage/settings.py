@@ -5,12 +5,13 @@ the start: a misspelt setting must not be a default. OTEL_* variables belong to 
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSetting
 
@@ -168,8 +169,14 @@ class WorkerSettings(_Section):
     """One decode worker: a GPU, several that share the model, or the CPU."""
 
     listen: str = Field("127.0.0.1:7103", description="gRPC address")
-    worker_id: str = Field("worker-0", pattern="^[A-Za-z0-9_.-]{1,64}$", description="unique name")
-    advertise: str | None = Field(None, description="address that gateways use; default: listen")
+    worker_id: str = Field(
+        "worker-0",
+        pattern="^[A-Za-z0-9_.-]{1,64}$",
+        description="unique name; {hostname} in it stands for this host's",
+    )
+    advertise: str | None = Field(
+        None, description="address that gateways use, likewise with {hostname}; default: listen"
+    )
     index_address: str = Field("127.0.0.1:7101", description="the lookahead index")
     coldpool_address: str = Field("127.0.0.1:7102", description="the cold pool manager of this host")
     default_mode: ResidencyMode = Field(ResidencyMode.GUARDED, description="mode of requests that name none")
@@ -232,6 +239,12 @@ class WorkerSettings(_Section):
     on_index_down: OnIndexDown = Field(OnIndexDown.TAIL, description="paged sequences without an index")
     metrics_port: Port = Field(0, description="Prometheus port; 0: off")
     drain_timeout_s: Seconds = Field(30.0, description="on SIGTERM: how long sequences may go on")
+
+    @field_validator("worker_id", "advertise", mode="before")
+    @classmethod
+    def _with_hostname(cls, value: object) -> object:
+        """So that replicas of one container differ."""
+        return value.replace("{hostname}", socket.gethostname()) if isinstance(value, str) else value
 
 
 class TelemetrySettings(_Section):

@@ -1,24 +1,22 @@
-"""Every name that leaves us as a span, attribute or metric, and the set-up of logs, traces and metrics.
+"""Every name that leaves us as a span, attribute or metric, and the set-up of traces and metrics.
 
 Names follow the GenAI conventions where they have one, else `forepage.*`. Exporters are the SDK's
 business: OTLP is on when OTEL_EXPORTER_OTLP_ENDPOINT (or its traces/metrics form) is set, Prometheus
 when a process has a metrics port. Ids never become metric labels.
 """
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
-import structlog
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import Counter, Histogram, Meter, UpDownCounter
+from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation, UpDownCounter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
@@ -27,9 +25,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from prometheus_client import start_http_server
 
-from forepage.settings import TelemetrySettings
-
 AttributeValue = str | int | float | bool | Sequence[str]
+Observed = tuple[float, Mapping[str, AttributeValue]]
+"""A gauge's value, and its attributes by Attr member name, lower case."""
 
 
 class SpanName(StrEnum):
@@ -108,6 +106,8 @@ class Attr(StrEnum):
     NUM_AUDITS = "forepage.num_audits"
     REASON = "forepage.reason"
     STATE = "forepage.state"
+    POOL = "forepage.pool"
+    CACHE = "forepage.cache"
 
 
 class MetricName(StrEnum):
@@ -139,6 +139,15 @@ class MetricName(StrEnum):
     DIRECTORY_DROPPED = "forepage.coldpool.directory_writes_dropped"
     PREFIX_TOKENS = "forepage.prefix.tokens"
     ROOM_MOVES = "forepage.room.moves"
+    SEQUENCES = "forepage.worker.sequences"
+    CACHE_HITS = "forepage.cache.hits"
+    CACHE_MISSES = "forepage.cache.misses"
+    HOST_TO_DEVICE = "forepage.host_to_device.bytes"
+    DEVICE_TO_HOST = "forepage.device_to_host.bytes"
+    PENDING_WRITES = "forepage.write_back.pending"
+    RECORD_LIFETIME = "forepage.coldpool.record.lifetime"
+    RECORD_IDLE = "forepage.coldpool.record.idle_before_evict"
+    RECORD_REUSE_GAP = "forepage.coldpool.record.reuse_gap"
     DECODE_GRAPHS = "forepage.decode.graphs"
     DECODE_GRAPH_BYTES = "forepage.decode.graph_bytes"
 
@@ -171,7 +180,16 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     ),
     MetricName.PREDICTIONS: ("counter", "{prediction}", "Plans made"),
     MetricName.INDEX_LATENCY: ("histogram", "ms", "Time the index took for one question"),
-    MetricName.BLOCKS: ("updown", "{block}", "Blocks of the device pools by state"),
+    MetricName.BLOCKS: ("observed", "{block}", "Blocks of the device pools by pool and state"),
+    MetricName.SEQUENCES: ("observed", "{sequence}", "Sequences of a worker, running or waiting"),
+    MetricName.CACHE_HITS: ("counter", "{lookup}", "What was wanted and there, by forepage.cache"),
+    MetricName.CACHE_MISSES: ("counter", "{lookup}", "What was wanted and had to be fetched or computed"),
+    MetricName.HOST_TO_DEVICE: ("counter", "By", "Bytes that came from the cold pool, by reason"),
+    MetricName.DEVICE_TO_HOST: ("counter", "By", "Bytes of records written to the cold pool"),
+    MetricName.PENDING_WRITES: ("updown", "{record}", "Records being copied to the cold pool or published"),
+    MetricName.RECORD_LIFETIME: ("histogram", "s", "From a record's publication to its eviction"),
+    MetricName.RECORD_IDLE: ("histogram", "s", "From a record's last release to its eviction"),
+    MetricName.RECORD_REUSE_GAP: ("histogram", "s", "From a record's release to its next use"),
     MetricName.ARENA_SLOTS: ("updown", "{slot}", "Arena slots by state"),
     MetricName.EVICTIONS: ("counter", "{record}", "Records evicted from the arena"),
     MetricName.DAMAGED: ("counter", "{record}", "Records refused because of their checksum"),
@@ -183,6 +201,10 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
 }
 
 
+OBSERVED = tuple(name for name, (kind, _, _) in _KINDS.items() if kind == "observed")
+"""Gauges: what `Telemetry.observe` makes, where something is there to be read."""
+
+
 @dataclass(frozen=True)
 class Telemetry:
     """A process's tracer and instruments; made once by `open_telemetry` and passed around."""
@@ -191,6 +213,7 @@ class Telemetry:
     counters: Mapping[MetricName, Counter]
     updowns: Mapping[MetricName, UpDownCounter]
     histograms: Mapping[MetricName, Histogram]
+    _meter: Meter
     _tracer_provider: TracerProvider
     _meter_provider: MeterProvider
 
@@ -202,9 +225,21 @@ class Telemetry:
         """Move an up-down counter."""
         self.updowns[name].add(value, _named(attributes))
 
-    def record(self, name: MetricName, value: float, **attributes: AttributeValue) -> None:
-        """Record into a histogram."""
-        self.histograms[name].record(value, _named(attributes))
+    def record(
+        self, name: MetricName, value: float, *, span: Span | None = None, **attributes: AttributeValue
+    ) -> None:
+        """Record into a histogram; `span` is what the sample's exemplar leads to."""
+        context = None if span is None else trace.set_span_in_context(span)
+        self.histograms[name].record(value, _named(attributes), context)
+
+    def observe(self, name: MetricName, read: Callable[[], Iterable[Observed]]) -> None:
+        """Make a gauge of what `read` (any thread) says when metrics are collected; once a process."""
+        _, unit, description = _KINDS[name]
+
+        def observations(_: CallbackOptions) -> Iterable[Observation]:
+            return [Observation(value, _named(attributes)) for value, attributes in read()]
+
+        self._meter.create_observable_gauge(name, [observations], unit=unit, description=description)
 
     def start_span(
         self,
@@ -291,37 +326,10 @@ def open_telemetry(
         counters={name: _counter(meter, name) for name in _of_kind("counter")},
         updowns={name: _updown(meter, name) for name in _of_kind("updown")},
         histograms={name: _histogram(meter, name) for name in _of_kind("histogram")},
+        _meter=meter,
         _tracer_provider=tracer_provider,
         _meter_provider=meter_provider,
     )
-
-
-def open_logs(service: str, settings: TelemetrySettings) -> structlog.stdlib.BoundLogger:
-    """Structured logs of one process on stderr; library logs pass through the same renderer."""
-    renderer = structlog.processors.JSONRenderer() if settings.log_json else structlog.dev.ConsoleRenderer()
-    shared: list[structlog.types.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.format_exc_info,
-    ]
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
-        )
-    )
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger(f"forepage.{service}")
-    return logger
 
 
 def set_attributes(span: Span, **attributes: AttributeValue) -> None:
@@ -381,7 +389,7 @@ def _updown(meter: Meter, name: MetricName) -> UpDownCounter:
 
 
 _BUCKETS: dict[str, list[float]] = {
-    "s": [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92],
+    "s": [*(0.01 * 2**power for power in range(14)), 327.68, 1310.72, 5242.88, 20971.52, 83886.08],
     "ms": [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000],
     "1": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0],
 }

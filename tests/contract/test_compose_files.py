@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from forepage.settings import setting_names
+from forepage.settings import TelemetrySettings, WorkerSettings, setting_names
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ("docker/compose.gpu.yaml", "docker/compose.observability.yaml")
@@ -111,14 +112,35 @@ def test_only_loopback_is_published(overlays: tuple[str, ...]) -> None:
 def test_arena_is_shared_and_fits(overlays: tuple[str, ...]) -> None:
     found = services(*overlays)
     for name in {"coldpool"} | TORCH:
-        [volume] = found[name]["volumes"]
-        assert (volume["source"], volume["target"]) == ("arena", "/dev/shm")
+        mounted = {volume["source"]: volume["target"] for volume in found[name]["volumes"]}
+        assert mounted == {"arena": "/dev/shm", "spans": "/spans"}
     options = resolved(*overlays)["volumes"]["arena"]["driver_opts"]
     assert (options["type"], options["device"]) == ("tmpfs", "tmpfs")
     assert f"uid={found['worker']['user'].partition(':')[0]}" in options["o"]
     volume_bytes = size_bytes(options["o"])
     assert int(found["coldpool"]["environment"]["FOREPAGE_COLDPOOL__CAPACITY_BYTES"]) < volume_bytes
     assert volume_bytes < int(found["coldpool"]["deploy"]["resources"]["limits"]["memory"])
+
+
+def test_spans_of_all_fit_where_forepage_trace_finds_them() -> None:
+    found = services()
+    for name in OURS:
+        assert {"spans", found[name]["environment"]["FOREPAGE_TELEMETRY__SPAN_DIR"]} <= {
+            text for volume in found[name]["volumes"] for text in (volume["source"], volume["target"])
+        }
+    options = resolved()["volumes"]["spans"]["driver_opts"]
+    assert f"uid={found['worker']['user'].partition(':')[0]}" in options["o"]
+    assert size_bytes(options["o"]) > (len(OURS) + 1) * TelemetrySettings().span_bytes
+
+
+def test_replicas_of_the_worker_have_names_and_addresses_of_their_own() -> None:
+    environment = services()["worker"]["environment"]
+    settings = WorkerSettings(
+        worker_id=environment["FOREPAGE_WORKER__WORKER_ID"],
+        advertise=environment["FOREPAGE_WORKER__ADVERTISE"],
+    )
+    assert settings.worker_id == socket.gethostname()
+    assert settings.advertise == f"{socket.gethostname()}:7103"
 
 
 @each_service
@@ -137,7 +159,7 @@ def test_environment_has_known_names_of_the_service_alone(overlays: tuple[str, .
     }
     assert ours <= known
     sections = {variable.split("__")[0] for variable in ours if "__" in variable}
-    assert sections <= {f"FOREPAGE_{name.upper()}", "FOREPAGE_MODEL"}
+    assert sections <= {f"FOREPAGE_{name.upper()}", "FOREPAGE_MODEL", "FOREPAGE_TELEMETRY"}
 
 
 @each_service

@@ -2,30 +2,52 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import REGISTRY, generate_latest
 
-from forepage.telemetry import Attr, open_telemetry
+from forepage.telemetry import OBSERVED, Attr, MetricName, open_telemetry
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker" / "observability"
+DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
+PROVISIONED = FOLDER / "grafana" / "provisioning" / "datasources" / "datasources.yaml"
+DATASOURCES = {found["uid"]: found for found in yaml.safe_load(PROVISIONED.read_text())["datasources"]}
+GRID_COLUMNS = 24
 NAME = re.compile(r"\b(?:forepage|gen_ai)_\w+")
+NOT_ON_A_DASHBOARD = {
+    MetricName.PREFETCH_BYTES,  # part of HOST_TO_DEVICE, as is
+    MetricName.DEMAND_BYTES,
+    MetricName.DIRECTORY_DROPPED,  # never, or an alert
+    MetricName.DECODE_GRAPH_BYTES,
+}
+
+
+def panels() -> Iterator[dict[str, Any]]:
+    for path in DASHBOARDS:
+        yield from json.loads(path.read_text())["panels"]
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
 
 
 def expressions() -> Iterator[str]:
-    dashboard = json.loads((FOLDER / "grafana" / "dashboards" / "forepage.json").read_text())
-    for panel in dashboard["panels"]:
+    for panel in panels():
         for target in panel["targets"]:
             yield target["expr"]
             yield target["legendFormat"]
-    for group in yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]:
-        for rule in group["rules"]:
-            yield rule["expr"]
-            yield rule["annotations"]["summary"]
+    for rule in rules():
+        yield rule["expr"]
+        yield rule["annotations"]["summary"]
 
 
 def exposed_names() -> set[str]:
@@ -38,6 +60,8 @@ def exposed_names() -> set[str]:
         telemetry.move(updown, 1)
     for histogram in telemetry.histograms:
         telemetry.record(histogram, 1)
+    for observed in OBSERVED:
+        telemetry.observe(observed, lambda: [(1, {"state": "free"})])
     lines = generate_latest(REGISTRY).decode().splitlines()
     telemetry.close()
     return {name for line in lines if not line.startswith("#") for name in NAME.findall(line)[:1]}
@@ -50,10 +74,55 @@ def test_dashboards_and_alerts_use_declared_names() -> None:
     assert asked - exposed_names() - labels == set()
 
 
-def test_dashboard_panels_have_their_own_place() -> None:
-    panels = json.loads((FOLDER / "grafana" / "dashboards" / "forepage.json").read_text())["panels"]
-    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
-    assert len(places) == len(panels) == len({panel["id"] for panel in panels})
+def test_every_metric_of_ours_is_on_a_dashboard() -> None:
+    asked = " ".join(target["expr"] for panel in panels() for target in panel["targets"])
+    shown = {name for name in MetricName if re.search(rf"\b{name.replace('.', '_')}(_|\b)", asked)}
+    assert set(MetricName) - shown == NOT_ON_A_DASHBOARD
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboard_is_one_that_grafana_takes(path: Path) -> None:
+    dashboard = json.loads(path.read_text())
+    assert dashboard["uid"] == f"forepage-{path.stem}"
+    own = dashboard["panels"]
+    assert len({panel["id"] for panel in own}) == len(own)
+    cells: set[tuple[int, int]] = set()
+    for panel in own:
+        assert panel["datasource"]["uid"] in DATASOURCES
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= GRID_COLUMNS
+        covered = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & covered, panel["title"]
+        cells |= covered
+
+
+def test_a_dot_in_a_panel_leads_to_its_trace() -> None:
+    shown = [panel["title"] for panel in panels() if any(t.get("exemplar") for t in panel["targets"])]
+    assert "Boundary to commit" in shown
+    collector = yaml.safe_load((FOLDER / "collector.yaml").read_text())
+    assert collector["exporters"]["prometheus"]["enable_open_metrics"] is True
+    overlay = yaml.safe_load((ROOT / "docker" / "compose.observability.yaml").read_text())
+    assert "--enable-feature=exemplar-storage" in overlay["services"]["prometheus"]["command"]
+    [leads_to] = DATASOURCES["prometheus"]["jsonData"]["exemplarTraceIdDestinations"]
+    assert leads_to == {"name": "trace_id", "datasourceUid": "jaeger"}
+    assert DATASOURCES["jaeger"]["type"] == "jaeger"
+
+
+def test_every_alert_says_what_is_wrong_and_the_documentation_what_to_do() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    names = [rule["alert"] for rule in rules()]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if f"| `{name}` |" not in text] == []
+    assert {rule["labels"]["severity"] for rule in rules()} == {"warning", "critical"}
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)"
+)
+@pytest.mark.parametrize("command", [("check", "rules", "rules.yaml"), ("test", "rules", "rules.test.yaml")])
+def test_promtool_accepts_the_rules(command: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *command], cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_mounted_files_exist() -> None:

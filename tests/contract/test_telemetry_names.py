@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from forepage.telemetry import SPAN_PARENTS, Attr, MetricName, SpanName, open_telemetry
+from forepage.telemetry import OBSERVED, SPAN_PARENTS, Attr, MetricName, SpanName, open_telemetry
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -20,9 +20,9 @@ NAMESPACES = ("forepage.", "gen_ai.", "http.", "error.")
 DECLARED: set[str] = {*SpanName, *MetricName, *Attr}
 LOGGER_CALLS = {"get_logger", "getLogger"}
 SPAN_CALLS = {"span": "SpanName", "start_span": "SpanName"}
-METRIC_CALLS = {"count": "MetricName", "move": "MetricName", "record": "MetricName"}
+METRIC_CALLS = dict.fromkeys(("count", "move", "record", "observe"), "MetricName")
 SDK_CALLS = {"start_as_current_span", "set_attribute", "add_event", "create_counter", "create_histogram"}
-OWN_PARAMETERS = {"kind", "parent", "start_ns", "value", "name"}
+OWN_PARAMETERS = {"kind", "parent", "start_ns", "value", "name", "span"}
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -100,6 +100,8 @@ def test_every_metric_has_a_unit_and_a_description() -> None:
         telemetry.move(name, 1)
     for name in telemetry.histograms:
         telemetry.record(name, 1)
+    for name in OBSERVED:
+        telemetry.observe(name, lambda: [(1, {"state": "free"})])
     data = reader.get_metrics_data()
     assert data is not None
     metrics = [m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics]

@@ -24,8 +24,9 @@ from forepage.coldpool.records import payload_checksum
 from forepage.coldpool.server import read_geometry
 from forepage.errors import CapacityError, ForepageError
 from forepage.kv.ids import ArenaId
+from forepage.logs import open_logs
 from forepage.settings import ModelSettings, TelemetrySettings
-from forepage.telemetry import open_logs, open_telemetry
+from forepage.telemetry import open_telemetry
 
 SLOT_BYTES = read_geometry(ModelSettings()).slot_bytes
 NUM_SLOTS = 8

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.trace import Span
 from torch import Tensor
 
@@ -310,6 +311,7 @@ def worker_rig(
     model_path: Path = SEEDED_MODEL,
     arena_slots: int = 200,
     arena: MemoryArena | None = None,
+    metrics: InMemoryMetricReader | None = None,
     **changes: Any,
 ) -> Iterator[WorkerRig]:
     """A rig with small pools; `changes` go to WorkerSettings. Ranks other than 0 are threads.
@@ -341,7 +343,8 @@ def worker_rig(
     if arena is None:
         arena = MemoryArena(folder.geometry, num_slots=arena_slots, is_pinned=device.type == "cuda")
     index = ScriptedIndex()
-    telemetry: Telemetry = open_telemetry("rig", instance_id="rig")
+    readers = [] if metrics is None else [metrics]
+    telemetry: Telemetry = open_telemetry("rig", instance_id="rig", metric_readers=readers)
 
     def follower(ranks: RankGroup) -> RankDevice:
         return _poisoned(assemble_rank(settings.worker, folder, device, arena.payloads, ranks=ranks))

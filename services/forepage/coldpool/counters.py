@@ -1,5 +1,9 @@
 """What the cold pool counts: the figures of Stat and the instruments, kept in step in one place."""
 
+import time
+from collections.abc import Callable
+
+from forepage.coldpool.record_ages import RecordAges
 from forepage.coldpool.slot_table import SlotCounts
 from forepage.telemetry import MetricName, Telemetry
 
@@ -10,8 +14,10 @@ ARENA = "arena"
 class ColdPoolCounters:
     """Owner of the totals since the start."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` in seconds: ages of records."""
         self._telemetry = telemetry
+        self.ages = RecordAges(telemetry, clock)
         self._slots = SlotCounts(0, 0, 0, 0, 0)
         self.evictions = 0
         self.damaged = 0

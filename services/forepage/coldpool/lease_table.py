@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from forepage.coldpool.records import RecordInfo, SlotHeader, SlotRef, SlotState
 from forepage.coldpool.shm_names import HolderId
-from forepage.coldpool.slot_table import Place, SlotCounts, SlotTable
+from forepage.coldpool.slot_table import Place, SlotCounts, SlotMove, SlotTable
 from forepage.errors import CapacityError, RequestError
 from forepage.kv.ids import ArenaId
 
@@ -217,6 +217,10 @@ class LeaseTable:
     def take_changed(self) -> list[tuple[ArenaId, SlotHeader]]:
         """Headers to write since the last call."""
         return self._slots.take_changed()
+
+    def take_moves(self) -> list[SlotMove]:
+        """Where slots went since the last call, in order."""
+        return self._slots.take_moves()
 
     def check_integrity(self) -> None:
         """Raises: IntegrityError if a law of the module is broken."""

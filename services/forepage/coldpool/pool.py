@@ -139,6 +139,7 @@ class ColdPool:
         for item, ref in zip(written, refs, strict=True):
             if item.slot == ref:
                 self._list_in_directory(item.info, ref, ARENA)
+        self.counters.ages.take_use(ref.arena_id for ref in refs)
         return refs
 
     async def load(self, stage: HolderId, keys: Sequence[bytes]) -> set[bytes]:
@@ -183,6 +184,7 @@ class ColdPool:
         self.num_changes += 1
         for arena_id, header in self.table.take_changed():
             self.arena.write_header(arena_id, header)
+        self.counters.ages.take_moves(self.table.take_moves())
         self.counters.show_slots(self.table.counts())
 
     async def _verify_present(self, keys: Sequence[bytes]) -> None:

@@ -44,6 +44,7 @@ async def lease_prefix(
             # A record may have been found damaged, even written anew elsewhere, while we waited.
             if len(refs) == len(wanted) and all(pool.table.is_leased_by(stage, ref) for ref in refs):
                 pool.table.transfer(stage, holder)
+                pool.counters.ages.take_use(ref.arena_id for ref in refs)
                 return PrefixLease(tuple(refs[:num_blocks]), tuple(refs[num_blocks:]))
         absent |= gone
 

@@ -35,11 +35,12 @@ from forepage.coldpool.tiers import RecordTier, RecordTiers
 from forepage.coldpool.upkeep import reap_holders, scrub
 from forepage.errors import CapacityError, DependencyError, ForepageError, ModelFormatError
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
+from forepage.logs import open_logs
 from forepage.rpc.coldpool_pb2_grpc import add_ColdPoolServicer_to_server
 from forepage.rpc.edge import serving
 from forepage.settings import ModelSettings, Settings, Tier
 from forepage.span_log import span_log_processors
-from forepage.telemetry import Telemetry, open_logs, open_telemetry
+from forepage.telemetry import Telemetry, open_telemetry
 
 REDIS_TIMEOUT_S = 1.0
 FLUSH_S = 2.0

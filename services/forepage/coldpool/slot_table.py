@@ -35,6 +35,15 @@ class SlotCounts:
     cached: int
 
 
+@dataclass(frozen=True)
+class SlotMove:
+    """A slot went from one term of the law to another."""
+
+    arena_id: ArenaId
+    before: Place
+    after: Place
+
+
 @dataclass(slots=True)
 class Slot:
     """One slot; only SlotTable writes it."""
@@ -59,6 +68,7 @@ class SlotTable:
         self._next_generation = first_generation
         self._doubtful: set[ArenaId] = set()
         self._changed: set[ArenaId] = set()
+        self._moves: list[SlotMove] = []
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -159,6 +169,11 @@ class SlotTable:
         slots = ((arena_id, self._slots[arena_id]) for arena_id in sorted(changed))
         return [(arena_id, SlotHeader(slot.state, slot.generation, slot.record)) for arena_id, slot in slots]
 
+    def take_moves(self) -> list[SlotMove]:
+        """Where slots went since the last call, in order."""
+        moves, self._moves = self._moves, []
+        return moves
+
     def check_integrity(self, num_leases: Counter[ArenaId]) -> None:
         """Compare every slot with where it stands and with the leases that holders have.
 
@@ -209,6 +224,7 @@ class SlotTable:
         if place is not slot.place:
             del self._places[slot.place][arena_id]
             self._places[place][arena_id] = None
+            self._moves.append(SlotMove(arena_id, slot.place, place))
             slot.place = place
 
     def _forget_key(self, arena_id: ArenaId) -> None:

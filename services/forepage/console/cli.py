@@ -30,6 +30,10 @@ def status(
     as_json: Annotated[
         bool, typer.Option("--json", help="for scripts: everything as one JSON object")
     ] = False,
+    index: Annotated[str | None, typer.Option(help="host:port of the index; none: the settings'")] = None,
+    coldpool: Annotated[
+        str | None, typer.Option(help="host:port of the cold pool; none: the settings'")
+    ] = None,
 ) -> None:
     """Processes, models, devices, arena and running sequences at a glance.
 
@@ -41,11 +45,14 @@ def status(
     forepage status                      what runs here
     forepage status --json | jq .ready   true or false
     FOREPAGE_INSTANCE=b forepage status  of a second `forepage up`
+    forepage status --index index:7101 --coldpool coldpool:7102
+                                         in a container of compose.yaml
     """
     from forepage.console.status import read_status
     from forepage.console.status_view import status_json, status_view
 
-    found = asyncio.run(read_status(_settings("status")))
+    listens = {"index": index, "coldpool": coldpool}
+    found = asyncio.run(read_status(_listening_at(_settings("status"), listens)))
     if as_json:
         typer.echo(json.dumps(status_json(found), indent=1))
     else:
@@ -166,6 +173,16 @@ def _run(command: str, tool: Callable[[], int]) -> None:
     except ForepageError as error:
         _fail(f"forepage {command}: {error}", FAILED)
     raise typer.Exit(code)
+
+
+def _listening_at(settings: Settings, listens: dict[str, str | None]) -> Settings:
+    """The tree with other addresses where they are given."""
+    sections = {
+        name: getattr(settings, name).model_copy(update={"listen": listen})
+        for name, listen in listens.items()
+        if listen is not None
+    }
+    return settings.model_copy(update=sections)
 
 
 def _settings(command: str) -> Settings:

@@ -29,10 +29,11 @@ from forepage.gateway.residency_feed import ResidencyFeed
 from forepage.gateway.routes import OPERATIONS, TOKENIZER_PATHS, make_router
 from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
+from forepage.logs import open_logs
 from forepage.release import release_version
 from forepage.settings import GatewaySettings, Settings, SettingsError
 from forepage.span_log import span_log_processors
-from forepage.telemetry import Telemetry, open_logs, open_telemetry
+from forepage.telemetry import Telemetry, open_telemetry
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 

@@ -169,10 +169,10 @@ class Generation:
             return
         first_s, last_s = self._token_times_s
         labels = {"operation": operation, "request_model": model}
-        telemetry.record(MetricName.TIME_TO_FIRST_TOKEN, first_s - arrived_s, **labels)
+        telemetry.record(MetricName.TIME_TO_FIRST_TOKEN, first_s - arrived_s, span=span, **labels)
         if counts.completion > 1:
             each_s = (last_s - first_s) / (counts.completion - 1)
-            telemetry.record(MetricName.TIME_PER_OUTPUT_TOKEN, each_s, **labels)
+            telemetry.record(MetricName.TIME_PER_OUTPUT_TOKEN, each_s, span=span, **labels)
 
     def _mark_time(self) -> None:
         now = time.monotonic()

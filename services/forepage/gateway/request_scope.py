@@ -128,7 +128,11 @@ class RequestScopeMiddleware:
             if ours.model is not None:
                 labels["request_model"] = ours.model
             self._telemetry.record(
-                MetricName.REQUEST_DURATION, ours.elapsed_s, operation=ours.operation, **labels
+                MetricName.REQUEST_DURATION,
+                ours.elapsed_s,
+                span=ours.span,
+                operation=ours.operation,
+                **labels,
             )
             if isinstance(ours.error, ForepageError) and ours.status == ours.error.http_status:
                 self._telemetry.count(MetricName.REFUSALS, reason=ours.error.code)

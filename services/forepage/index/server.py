@@ -20,13 +20,14 @@ from forepage.index.question import QuestionLimits
 from forepage.index.scorer import Scorer
 from forepage.index.servicer import LookaheadServicer
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
+from forepage.logs import open_logs
 from forepage.model.memory_indexer import MemoryIndexer
 from forepage.model.spec import ModelSpec, read_config
 from forepage.rpc.edge import serving
 from forepage.rpc.index_pb2_grpc import add_LookaheadIndexServicer_to_server
 from forepage.settings import IndexSettings, Settings
 from forepage.span_log import span_log_processors
-from forepage.telemetry import Telemetry, open_logs, open_telemetry
+from forepage.telemetry import Telemetry, open_telemetry
 
 ARENA_POLL_S = 0.1
 FLUSH_S = 1.0

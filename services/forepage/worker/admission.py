@@ -93,7 +93,7 @@ class Admission:
         sequence.cached_tokens = sequence.num_processed = (
             len(grant.prefix) * self._parts.geometry.block_tokens
         )
-        self._parts.telemetry.count(MetricName.PREFIX_TOKENS, sequence.cached_tokens)
+        self._count_prefix(sequence, len(grant.prefix))
         if sequence.stage_span is not None:
             set_attributes(sequence.stage_span, cached_tokens=sequence.cached_tokens)
         self._load_prefix(sequence, grant)
@@ -125,6 +125,15 @@ class Admission:
         parts.device.set_arena_offsets(holds.slot, [parts.arena.offset(ref) for ref in grant.prefix])
         sequence.prefix_load = parts.device.load(loads)
         sequence.phase = Phase.LOADING
+
+    def _count_prefix(self, sequence: Sequence, num_found: int) -> None:
+        """Blocks of the prompt that the cold pool had, and those that have to be computed."""
+        telemetry, geometry = self._parts.telemetry, self._parts.geometry
+        telemetry.count(MetricName.PREFIX_TOKENS, sequence.cached_tokens)
+        telemetry.count(MetricName.CACHE_HITS, num_found, cache="prefix")
+        num_missing = geometry.num_blocks(len(sequence.request.prompt)) - num_found
+        telemetry.count(MetricName.CACHE_MISSES, num_missing, cache="prefix")
+        telemetry.count(MetricName.HOST_TO_DEVICE, num_found * geometry.record_bytes, reason="prefix")
 
     def _back_to_queue(self, sequence: Sequence, error: ForepageError) -> None:
         """No arena slots, or no manager: give the device memory back and try again later."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from forepage.errors import ForepageError, IntegrityError
+from forepage.kv.geometry import C4_RATIO
 from forepage.telemetry import MetricName
 from forepage.worker.launched_step import DecodeRow, LaunchedStep
 from forepage.worker.lookahead import Lookahead
@@ -24,7 +25,7 @@ from forepage.worker.write_back import WriteBack
 
 @dataclass(frozen=True)
 class _Part:
-    """One sequence's part in a step under way."""
+    """One sequence's part in a step under way; `num_selected`: entries its indexers chose, if it may pull."""
 
     sequence: Sequence
     view: StepView
@@ -32,6 +33,7 @@ class _Part:
     is_tapped: bool
     is_held: bool
     snapshot: Snapshot | None
+    num_selected: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class Decode:
         snapshot = self._write_back.snapshot_at(sequence, row.position + 1) if clean and ends_block else None
         step = sequence.report.decode_steps + sequence.num_unread
         is_held = bool(row.audit_layers) and self._lookahead.holds_token(sequence, step)
-        return _Part(sequence, view, clean, row.wants_tap, is_held, snapshot)
+        num_visible = (row.position + 1) // C4_RATIO if row.pulls else 0
+        num_selected = len(self._parts.geometry.c4_layers) * min(self._parts.topk, num_visible)
+        return _Part(sequence, view, clean, row.wants_tap, is_held, snapshot, num_selected)
 
     def _view(self, sequence: Sequence) -> StepView:
         """Made anew only when something changed: it counts every block of the sequence."""
@@ -154,6 +158,11 @@ class Decode:
         if demand_bytes := num_pulled * self._parts.geometry.row_bytes:
             sequence.report.demand_bytes += demand_bytes
             self._parts.telemetry.count(MetricName.DEMAND_BYTES, demand_bytes)
+            self._parts.telemetry.count(MetricName.HOST_TO_DEVICE, demand_bytes, reason="demand")
+        if part.num_selected:
+            hits = part.num_selected - num_pulled
+            self._parts.telemetry.count(MetricName.CACHE_HITS, hits, cache="rows")
+            self._parts.telemetry.count(MetricName.CACHE_MISSES, num_pulled, cache="rows")
         if sequence.num_processed % self._parts.geometry.block_tokens == 0:
             self._write_back.store_finished(sequence)
             if sequence.clean and part.snapshot is not None:

@@ -299,7 +299,9 @@ class Lookahead:
         question.answered_s = time.monotonic()
         question.predict_span.end()
         phase_ms = (question.answered_s - question.asked_s) * 1e3
-        self._parts.telemetry.record(MetricName.PREFETCH_LATENCY, phase_ms, phase="predict")
+        self._parts.telemetry.record(
+            MetricName.PREFETCH_LATENCY, phase_ms, span=question.span, phase="predict"
+        )
         sequence.lookahead.desired = [
             (BlockIdx(idx), score) for idx, score in zip(plan.block_idx, plan.score, strict=True)
         ]

@@ -19,8 +19,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch's
 
 from forepage.coldpool.arena import ArenaView
 from forepage.errors import DependencyError, ForepageError
+from forepage.logs import open_logs
 from forepage.model.rank_group import RankLostError
-from forepage.telemetry import open_logs
 from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.assembly import ModelFolder, assemble_rank, device_of
 from forepage.worker.device import follow

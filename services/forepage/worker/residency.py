@@ -65,6 +65,8 @@ class Residency:
             slack_blocks=parts.settings.load_slack_blocks,
         )
         if question is not None:
+            parts.telemetry.count(MetricName.CACHE_HITS, len(change.keep), cache="plan")
+            parts.telemetry.count(MetricName.CACHE_MISSES, len(change.load), cache="plan")
             set_attributes(question.span, desired_blocks=len(desired), loaded_blocks=len(change.load))
             set_attributes(question.span, dropped_blocks=len(change.drop))
         waves = change.waves or (LoadWave((), ()),)
@@ -222,6 +224,7 @@ class Residency:
         num_bytes = len(row_ids) * parts.geometry.rows_bytes + len(key_ids) * parts.geometry.keys_bytes
         sequence.report.prefetch_bytes += num_bytes
         parts.telemetry.count(MetricName.PREFETCH_BYTES, num_bytes)
+        parts.telemetry.count(MetricName.HOST_TO_DEVICE, num_bytes, reason="prefetch")
         sequence.lookahead.load = LoadUnderWay(
             wave=wave,
             rest=rest,
@@ -284,12 +287,14 @@ class Residency:
             ("wait", fired_ns, commit_ns),
             ("commit", commit_ns, time.time_ns()),
         ):
-            telemetry.record(MetricName.PREFETCH_LATENCY, (end - begin) / 1e6, phase=phase)
+            telemetry.record(MetricName.PREFETCH_LATENCY, (end - begin) / 1e6, span=parent, phase=phase)
 
     def _end_question(self, sequence: Sequence, question: Question, outcome: Outcome) -> None:
         latency_ms = (time.monotonic() - question.asked_s) * 1e3
         sequence.report.latency_ms.add(latency_ms)
-        self._parts.telemetry.record(MetricName.PREFETCH_LATENCY, latency_ms, phase="total")
+        self._parts.telemetry.record(
+            MetricName.PREFETCH_LATENCY, latency_ms, span=question.span, phase="total"
+        )
         set_attributes(
             question.span,
             outcome=outcome.value,

@@ -12,17 +12,19 @@ from grpc_health.v1 import health_pb2
 
 from forepage.coldpool.client import ColdPoolClient
 from forepage.frames import WorkerFrame
+from forepage.logs import open_logs
 from forepage.model.rank_group import RankLostError
 from forepage.model.tensor_parallel import check_split
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import serving
 from forepage.settings import Settings
 from forepage.span_log import span_log_processors
-from forepage.telemetry import open_logs, open_telemetry
+from forepage.telemetry import open_telemetry
 from forepage.worker.arena_access import ArenaAccess
 from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.assembly import ModelFolder, assemble, device_of
 from forepage.worker.card import keep_card
+from forepage.worker.gauges import observe_worker
 from forepage.worker.index_client import IndexClient
 from forepage.worker.loop import Loop
 from forepage.worker.rank_processes import followers
@@ -76,6 +78,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         stack.callback(parts.device.close)
         await ranks.begin()
         loop = Loop(parts, arena.tensor)
+        observe_worker(parts, loop)
         identity = folder.card(settings.worker)
         servicer = DecodeWorker(loop, parts, identity, folder.grammar(), arena, eos=folder.eos)
         async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):

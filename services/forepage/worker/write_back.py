@@ -115,6 +115,7 @@ class WriteBack:
 
     def _start(self, transfer: _Transfer) -> None:
         transfer.sequence.arena.writing.extend(record.slot for record in transfer.records)
+        self._parts.telemetry.move(MetricName.PENDING_WRITES, len(transfer.records))
         self._transfers.append(transfer)
 
     def _advance(self, transfer: _Transfer) -> bool:
@@ -141,11 +142,14 @@ class WriteBack:
             transfer.retry_at_s = time.monotonic() + RETRY_S
             return sequence.phase is Phase.DONE and self._abandon(transfer)
         self._end(transfer)
+        num_bytes = sum(record.payload_bytes for record in transfer.records)
+        self._parts.telemetry.count(MetricName.DEVICE_TO_HOST, num_bytes)
         self._take(sequence, transfer.block_idx, refs)
         return True
 
     def _end(self, transfer: _Transfer) -> None:
         """The slots are no longer being written: they are records, or go back unpublished."""
+        self._parts.telemetry.move(MetricName.PENDING_WRITES, -len(transfer.records))
         for record in transfer.records:
             transfer.sequence.arena.writing.remove(record.slot)
 
