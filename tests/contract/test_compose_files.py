@@ -28,12 +28,17 @@ each_combination = pytest.mark.parametrize(
 
 
 @cache
-def resolved(*overlays: str) -> dict[str, Any]:
-    """The merged files, as `docker compose config` resolves them."""
+def resolved(*overlays: str, gpus: str = "") -> dict[str, Any]:
+    """The merged files, as `docker compose config` resolves them; `gpus` is WORKER_GPUS."""
     files = [part for path in ("compose.yaml", *overlays) for part in ("-f", path)]
     command = [str(Path(sys.executable).with_name("docker-compose")), *files, "config", "--format", "json"]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | DEFAULTS, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | DEFAULTS | {"WORKER_GPUS": gpus},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -180,6 +185,13 @@ def test_gpu_overlay_gives_gpus_and_locked_memory() -> None:
         assert found[name]["build"]["dockerfile"] == f"docker/{name}.Dockerfile"
         assert found[name]["build"]["args"]["PIP_EXTRA_INDEX_URL"] == ""
         assert found[name]["tmpfs"] == ["/tmp:exec"]
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("", "1"), ("4", "4")])
+def test_a_model_is_split_over_the_gpus_that_the_worker_gets(gpus: str, expected: str) -> None:
+    worker = resolved(*OVERLAYS[:1], gpus=gpus)["services"]["worker"]
+    [device] = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert str(device["count"]) == worker["environment"]["FOREPAGE_WORKER__TENSOR_PARALLEL"] == expected
 
 
 @each_service
