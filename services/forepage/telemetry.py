@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -341,29 +341,6 @@ def fail_span(span: Span, error: BaseException) -> None:
     """Mark a span failed with the error's code or class."""
     span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", type(error).__name__))
     span.set_status(Status(StatusCode.ERROR, str(error)[:200]))
-
-
-def outgoing_metadata(span: Span | None) -> tuple[tuple[str, str], ...]:
-    """gRPC metadata that makes the callee's spans children of `span`."""
-    carrier: dict[str, str] = {}
-    if span is not None:
-        propagate.inject(carrier, context=trace.set_span_in_context(span))
-    return tuple(carrier.items())
-
-
-def incoming_context(metadata: Mapping[str, str]) -> Context:
-    """The caller's trace context, from HTTP headers or gRPC metadata (lower-case keys)."""
-    return propagate.extract(dict(metadata))
-
-
-def traceparent_of(span: Span) -> str:
-    """The W3C header value of a span, for messages of a long-lived stream."""
-    return dict(outgoing_metadata(span)).get("traceparent", "")
-
-
-def context_of_traceparent(traceparent: str) -> Context:
-    """The context that a `traceparent` value names."""
-    return propagate.extract({"traceparent": traceparent})
 
 
 def _named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:

@@ -35,6 +35,9 @@ class KeptTier:
     def __init__(self) -> None:
         self._stored: dict[bytes, bytes] = {}
 
+    async def open(self) -> None:
+        return
+
     async def find(self, keys: Sequence[bytes]) -> set[bytes]:
         return {key for key in keys if key in self._stored}
 

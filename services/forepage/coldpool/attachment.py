@@ -26,7 +26,8 @@ from forepage.errors import CapacityError, DeadlineError, DependencyError, Forep
 from forepage.rpc import coldpool_pb2 as pb
 from forepage.rpc.coldpool_pb2_grpc import ColdPoolStub
 from forepage.rpc.edge import error_of_call, open_channel
-from forepage.telemetry import MetricName, Telemetry, outgoing_metadata
+from forepage.telemetry import MetricName, Telemetry
+from forepage.trace_context import outgoing_metadata
 
 CALL_TIMEOUT_S = 5.0
 _LOCK_RETRY_S = 0.05

@@ -22,7 +22,8 @@ from forepage.errors import ForepageError, ModelFormatError, RequestError
 from forepage.rpc import coldpool_pb2 as pb
 from forepage.rpc.coldpool_pb2_grpc import ColdPoolServicer
 from forepage.rpc.edge import abort, metadata_of
-from forepage.telemetry import SpanName, Telemetry, incoming_context, set_attributes
+from forepage.telemetry import SpanName, Telemetry, set_attributes
+from forepage.trace_context import incoming_context
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _T = TypeVar("_T")

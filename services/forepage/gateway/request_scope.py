@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from forepage.errors import ForepageError
 from forepage.gateway.http_errors import ClientGoneError, error_response
-from forepage.telemetry import MetricName, SpanName, Telemetry, fail_span, incoming_context, set_attributes
+from forepage.telemetry import MetricName, SpanName, Telemetry, fail_span, set_attributes
+from forepage.trace_context import incoming_context
 
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

@@ -15,7 +15,7 @@ from forepage.gateway.routing import WorkerLoad
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.edge import error_of_call, open_channel
 from forepage.rpc.worker_pb2_grpc import DecodeWorkerStub
-from forepage.telemetry import outgoing_metadata
+from forepage.trace_context import outgoing_metadata
 
 MAX_SLOW_POLLS = 5
 """Describe calls in a row that may time out before a worker counts as gone: it may be busy in a step."""

@@ -22,14 +22,8 @@ from forepage.index.publisher import PlanPublisher
 from forepage.index.question import AuditQuestion
 from forepage.rpc import index_pb2 as pb
 from forepage.rpc.index_pb2_grpc import LookaheadIndexServicer
-from forepage.telemetry import (
-    MetricName,
-    SpanName,
-    Telemetry,
-    context_of_traceparent,
-    set_attributes,
-    traceparent_of,
-)
+from forepage.telemetry import MetricName, SpanName, Telemetry, set_attributes
+from forepage.trace_context import context_of_traceparent, traceparent_of
 
 SCORING_THREADS = 4
 """Questions scored at once in the process, each on one core."""

@@ -13,7 +13,8 @@ from forepage.kv.guard import GuardAction
 from forepage.kv.ids import BlockIdx
 from forepage.rpc import index_pb2 as pb
 from forepage.settings import OnIndexDown, ResidencyMode
-from forepage.telemetry import MetricName, SpanName, set_attributes, traceparent_of
+from forepage.telemetry import MetricName, SpanName, set_attributes
+from forepage.trace_context import traceparent_of
 from forepage.worker.auditing import Auditing
 from forepage.worker.device_audit import StepAudit
 from forepage.worker.full_by_room import FullByRoom

@@ -13,7 +13,8 @@ from forepage.kv.prefix_hash import PrefixHasher
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import abort, metadata_of
-from forepage.telemetry import SpanName, incoming_context
+from forepage.telemetry import SpanName
+from forepage.trace_context import incoming_context
 from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.loop import Loop
