@@ -35,7 +35,7 @@ def seen(record_property: Callable[[str, object], None]) -> Seen:
             "lost_tokens": lost_tokens,
             "leaked_blocks": leaked_blocks,
             "requests": requests,
-            **({"why": why} if why else {}),
+            "why": {name.removesuffix("_why"): text for name, text in why.items()},
         }
         record_property("reliability", json.dumps(row))
 

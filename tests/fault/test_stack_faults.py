@@ -261,7 +261,7 @@ def test_an_index_that_stands_still_holds_nothing_up(faulty: Faulty, seen: Seen)
 
     def is_used_again() -> bool:
         again = faulty.ask(mode="guarded").forepage
-        return again["index_down_intervals"] + again["late_plans"] == 0 < again["intervals"]
+        return bool(again["index_down_intervals"] + again["late_plans"] == 0 < again["intervals"])
 
     began_s = time.monotonic()
     wait_until(is_used_again, timeout_s=40, what="the index is used again")

@@ -9,7 +9,9 @@ from rigs.seen import Seen
 from rigs.worker import Running, WorkerRig, text_tokens, wants, worker_rig
 
 NUM_SEQUENCES = 4
-MAX_TOKENS = 80
+MAX_TOKENS = 40
+KV_BYTES = {"for all": 6 << 20, "for some": 4_089_446}
+"""60 and 40 key blocks: the sequences are promised 28 in all under paging, 44 in `exact`."""
 PROMPTS = [[*text_tokens(2_560), *text_tokens(20, 1 + number)] for number in range(NUM_SEQUENCES)]
 
 
@@ -33,16 +35,15 @@ def escalate_all(rig: WorkerRig) -> list[Running]:
 @pytest.mark.parametrize("room", ["for all", "for some"])
 def test_everybody_escalates_at_once(seen: Seen, room: str) -> None:
     """With room all of them go on; without, some wait for others to end. None is lost, nothing leaks."""
-    kv_bytes = (8 << 20) if room == "for all" else KV_BYTES
     num_waited = 0
     with worker_rig(
         on_index_down=OnIndexDown.EXACT,
         interval_steps=4,
         max_running=NUM_SEQUENCES,
         load_slack_blocks=1,
-        kv_bytes=kv_bytes,
+        kv_bytes=KV_BYTES[room],
         escalation_reserve_bytes=128 << 10,
-        admission_timeout_s=60.0,
+        admission_timeout_s=900.0,
     ) as rig:
         answers = escalate_all(rig)
         with torch.inference_mode():
@@ -58,7 +59,6 @@ def test_everybody_escalates_at_once(seen: Seen, room: str) -> None:
         assert one.report.moves_to_exact == 1
         assert one.report.exact_steps > 0
         assert len(one.tokens) == MAX_TOKENS
-        assert (one.report.paused_ms > 0) is (one.report.paused_ms >= 1)
     seen(
         f"every sequence escalates at once, room {room}",
         "worker",
