@@ -120,6 +120,33 @@ def convert_indexer(
     typer.echo(f"{target}: {count} tensors for c4 layers {', '.join(map(str, layers))}")
 
 
+@app.command("new-key")
+def new_key(
+    name: Annotated[str, typer.Argument(help="whose key it is; each name once")],
+    keys: Annotated[Path, typer.Option("--keys", help="the file that FOREPAGE_GATEWAY__API_KEYS names")],
+    tenant: Annotated[str, typer.Option(help="keys of the same tenant share cached prefixes")] = "",
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="requests at once; none: no limit")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="none: no limit")] = None,
+) -> None:
+    """Make an API key: printed once, kept as a digest. A gateway knows it from its next start on."""
+    from forepage.gateway import api_keys
+
+    try:
+        if keys.exists() and any(name == key.name for key in api_keys.read_keys(keys).values()):
+            _fail(f"forepage new-key: {keys} has a key of {name}: remove its line first", FAILED)
+        key, kept = api_keys.new_key(
+            name, tenant=tenant, max_concurrent=max_concurrent, requests_per_minute=requests_per_minute
+        )
+        keys.touch(mode=0o600)
+        with keys.open("a", encoding="utf-8") as file:
+            file.write(kept.model_dump_json(exclude_none=True) + "\n")
+    except (OSError, SettingsError) as error:
+        _fail(f"forepage new-key: {error}", FAILED)
+    typer.echo(key)
+
+
 @app.command("settings-table")
 def settings_table() -> None:
     """Print docs/settings.md."""

@@ -126,7 +126,14 @@ class GatewaySettings(_Section):
     resume_wait_s: float = Field(
         10.0, ge=0, le=3600, description="how long such an answer waits for a worker that takes it over"
     )
-    dashboard: bool = Field(True, description="whether `/` serves the page that shows what is resident")
+    dashboard: bool = Field(
+        True, description="whether `/` serves the page that shows what is resident; with api_keys it does not"
+    )
+    api_keys: Path | None = Field(
+        None,
+        description="file of API keys' digests, a line each (`forepage new-key`); none: no key is asked for",
+    )
+    cors_origins: tuple[str, ...] = Field((), description="web origins whose pages may ask; none by default")
 
 
 class IndexSettings(_Section):

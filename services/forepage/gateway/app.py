@@ -15,16 +15,18 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from forepage.errors import DependencyError, ForepageError, RequestError
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
+from forepage.gateway.api_keys import KeyMiddleware, read_keys
 from forepage.gateway.dashboard import PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
 from forepage.gateway.redis_workers import RedisWorkers
-from forepage.gateway.request_scope import RequestScopeMiddleware, request_scope
+from forepage.gateway.request_scope import REQUEST_ID_HEADER, RequestScopeMiddleware, request_scope
 from forepage.gateway.residency_feed import ResidencyFeed
 from forepage.gateway.routes import OPERATIONS, TOKENIZER_PATHS, make_router
 from forepage.gateway.start import Starter
@@ -50,11 +52,11 @@ def create_app(
     admission: Admission,
     telemetry: Telemetry,
 ) -> FastAPI:
-    """The ASGI app; the caller owns and closes the parts."""
+    """The ASGI app; the caller owns and closes the parts. Raises: SettingsError for a file of API keys."""
     app = FastAPI(title="forepage", version=release_version(), docs_url=None, redoc_url=None)
     starter = Starter(settings, tokenizer, wording, directory, telemetry)
     app.include_router(make_router(starter, admission))
-    if settings.dashboard:
+    if settings.dashboard and settings.api_keys is None:  # a page has no key to show
         feed = ResidencyFeed(directory, is_closed=lambda: admission.draining)
         app.include_router(make_dashboard(feed, starter))
     app.add_middleware(
@@ -65,6 +67,16 @@ def create_app(
         other_paths=TOKENIZER_PATHS | {PASSAGES_PATH},
         telemetry=telemetry,
     )
+    if settings.api_keys is not None:
+        app.add_middleware(KeyMiddleware, keys=read_keys(settings.api_keys))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", REQUEST_ID_HEADER],
+            expose_headers=[REQUEST_ID_HEADER, "retry-after"],
+        )
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unrouted)

@@ -34,6 +34,8 @@ class RequestScope:
     span: Span
     started_s: float = field(default_factory=time.monotonic)
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    tenant: str | None = None
+    """Whose API key it came with; None: no keys are asked for."""
     operation: str | None = None
     model: str | None = None
     status: int | None = None

@@ -13,6 +13,7 @@ from forepage.gateway.admission import Admission
 from forepage.gateway.answering import AnswerStream, all_or_first_error, usage_of, while_connected
 from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.generation import Generation
+from forepage.gateway.http_errors import RouteError
 from forepage.gateway.replies import ChatCompletion, Completion, ErrorReply, ModelCard, ModelList
 from forepage.gateway.request_scope import RequestScope, request_scope
 from forepage.gateway.schemas import GenerationBody, TextBody
@@ -51,6 +52,11 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
     async def completions(request: Request, body: TextBody) -> Response:
         """Continue a text or token ids."""
         return await _answer(starter, request, body, TextShape)
+
+    @router.post("/v1/responses", include_in_schema=False)
+    async def responses() -> Response:
+        """Not there; says what is."""
+        raise RouteError("the Responses API is not served here: use /v1/chat/completions")
 
     @router.post(TOKENIZE_PATH, responses=_ERRORS)
     async def tokenize(body: TokenizeBody) -> Tokens:
@@ -132,7 +138,7 @@ async def _answer(
 
 async def _start(starter: Starter, body: GenerationBody, scope: RequestScope) -> list[Generation]:
     """Start a generation for each choice, and bind their ends to the request's."""
-    requests, workers = await starter.prepare(body)
+    requests, workers = await starter.prepare(body, tenant=scope.tenant)
     scope.model = body.model
     reading = reading_of(body)
     deadline_s = scope.started_s + starter.life_s(body)

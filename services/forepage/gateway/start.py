@@ -4,6 +4,7 @@ Everything a client can do wrong is found before a worker hears of it.
 """
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -45,9 +46,12 @@ class Starter:
     directory: WorkerDirectory
     telemetry: Telemetry
 
-    async def prepare(self, body: GenerationBody) -> tuple[list[pb.GenerateRequest], list[WorkerClient]]:
+    async def prepare(
+        self, body: GenerationBody, *, tenant: str | None
+    ) -> tuple[list[pb.GenerateRequest], list[WorkerClient]]:
         """The calls to make, one a choice, and the workers that may take them, best first.
 
+        `tenant`: whose API key the request came with; None where no keys are asked for.
         Raises: RequestError and its children, DependencyError when no worker can be reached.
         """
         if body.stream_options is not None and not body.stream:
@@ -59,10 +63,13 @@ class Starter:
         max_tokens = _answer_room(body, len(prompt_ids), limit, self.settings.default_max_tokens)
         needed = len(prompt_ids) + max_tokens
         by_id = {worker.load.worker_id: worker for worker in workers if _context_of(worker) >= needed}
-        ranked = rank_workers(prompt_ids, body.cache_salt or "", [item.load for item in by_id.values()])
+        salt = _salt_of(tenant, body.cache_salt or "")
+        ranked = rank_workers(prompt_ids, salt, [item.load for item in by_id.values()])
         seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [
-            _generate_request(body, prompt_ids, max_tokens, self.tokenizer, seed=(seed + index) % 2**64)
+            _generate_request(
+                body, prompt_ids, max_tokens, self.tokenizer, seed=(seed + index) % 2**64, salt=salt
+            )
             for index in range(body.num_choices)
         ]
         return requests, [by_id[item.worker_id] for item in ranked]
@@ -218,8 +225,19 @@ def _answer_room(body: GenerationBody, prompt_tokens: int, limit: int, default: 
     return wanted or min(default, room)
 
 
+def _salt_of(tenant: str | None, asked: str) -> str:
+    """What prefixes are shared by. No two tenants have one in common, whatever they ask for."""
+    return asked if tenant is None else json.dumps([tenant, asked])
+
+
 def _generate_request(
-    body: GenerationBody, prompt_ids: Sequence[int], max_tokens: int, tokenizer: Tokenizer, *, seed: int
+    body: GenerationBody,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    salt: str,
 ) -> pb.GenerateRequest:
     sampling = pb.Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -242,6 +260,6 @@ def _generate_request(
         prompt_token_ids=prompt_ids,
         sampling=sampling,
         residency=residency_wish(body.forepage),
-        cache_salt=body.cache_salt or "",
+        cache_salt=salt,
         ignore_eos=bool(body.ignore_eos),
     )
