@@ -242,6 +242,12 @@ class StressMachine(WorkerMachine):
         """It did what it was asked, and nobody heard."""
         self.arena.loses_replies = not self.arena.loses_replies
 
+    def calm_the_cold_pool(self) -> None:
+        self.arena.loses_replies = self.arena.is_slow = False
+        self.arena.catch_up()
+        if self.arena.is_down:
+            self.arena.come_back()
+
     @precondition(lambda self: not self.arena.is_down and self.arena.pool.counts().cached)
     @rule(num_evicted=st.integers(1, 8))
     def evict_for_others(self, num_evicted: int) -> None:
@@ -275,11 +281,12 @@ class StressMachine(WorkerMachine):
         self.cancelled.add(one.sequence.incarnation)
         self.rig.loop.cancel(one.sequence)
 
-    @precondition(lambda self: self.live)
-    @rule()
-    def restart_the_worker(self) -> None:
-        """Its process is gone with all it knew, mostly in mid-answer; the next one goes on with that."""
-        for _ in range(120):
+    @rule(mode=st.sampled_from(list(ResidencyMode)))
+    def restart_the_worker(self, mode: ResidencyMode) -> None:
+        """Its process is gone with all it knew, in the midst of an answer; the next one goes on with that."""
+        self.calm_the_cold_pool()
+        self.submit(1_270, 1, mode, MAX_TOKENS, 1, "")
+        for _ in range(60):
             if any(one.tokens for one in self.live):
                 break
             self.turn_once()
@@ -334,10 +341,7 @@ class StressMachine(WorkerMachine):
         return {ref.arena_id for ref in used}
 
     def drain(self) -> None:
-        self.arena.loses_replies = self.arena.is_slow = False
-        self.arena.catch_up()
-        if self.arena.is_down:
-            self.arena.come_back()
+        self.calm_the_cold_pool()
         self.rig.index.is_up, self.answers_at_once = True, True
         self.copies.is_held = False
         self.copies.catch_up()
