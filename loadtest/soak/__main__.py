@@ -74,7 +74,16 @@ def faults(
     chosen = [str(path) for path in tests or [Path("tests/fault")]]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", *chosen, f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            *chosen,
+            f"--junitxml={report}",
+            "-o",
+            "junit_family=xunit1",
+        ]
         failed = subprocess.run(command, check=False).returncode
         rows = _told(report)
     _finish(out, rows, {})
