@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 @app.command()
 def run(
-    requests: Annotated[int, typer.Option(min=2, help="of the soak")] = 2000,
+    requests: Annotated[int, typer.Option(min=0, help="of the soak; 0: none is made")] = 2000,
     concurrency: Annotated[int, typer.Option(min=1, help="clients of the soak")] = 16,
     max_running: Annotated[int, typer.Option(min=1, help="sequences that the worker runs at once")] = 8,
     factor: Annotated[float, typer.Option(min=1.0, help="of the overload; 1: none is made")] = 4.0,
@@ -53,9 +53,10 @@ def run(
     async def measure() -> list[Row]:
         rows = []
         async with running_system(environ) as system:
-            rows.append(await soak(system, SoakPlan(requests, concurrency, seed, answer_scale)))
-            _tell(rows[-1])
-            _write(out, rows, config)
+            if requests:
+                rows.append(await soak(system, SoakPlan(requests, concurrency, seed, answer_scale)))
+                _tell(rows[-1])
+                _write(out, rows, config)
             if factor > 1:
                 plan = OverloadPlan(max_running, factor, window_s, seed + 2)
                 rows.append(await overload(system, plan))
