@@ -131,9 +131,9 @@ def test_a_prefetch_sample_leads_to_the_trace_of_its_request(metrics: InMemoryMe
 
 
 def test_gauges_show_blocks_and_sequences_as_they_are(metrics: InMemoryMetricReader) -> None:
-    with worker_rig(metrics=metrics, max_running=1) as rig:
+    with worker_rig(metrics=metrics, max_running=1, admission_timeout_s=600.0) as rig:
         observe_worker(rig.parts, rig.loop)
-        running = [rig.submit(PROMPT, max_tokens=4, name=name) for name in ("a", "b")]
+        running = [rig.submit(PROMPT[:700], max_tokens=4, name=name) for name in ("a", "b")]
         rig.run_until(lambda: len(running[0].tokens) >= 1)
         sequences = values(metrics, MetricName.SEQUENCES, Attr.STATE)
         assert sequences == {"running": 1, "waiting": 1}
