@@ -49,6 +49,8 @@ def run(
     if seeded:
         environ["FOREPAGE_MODEL__PATH"] = str(SEEDED_MODEL)
     config = {name: value for name, value in environ.items() if name.startswith("FOREPAGE_")}
+    if seeded:
+        config["FOREPAGE_MODEL__PATH"] = SEEDED_MODEL.name
 
     async def measure() -> list[Row]:
         rows = []

@@ -55,7 +55,7 @@ async def test_a_key_opens_and_nothing_else_does(
             assert reply.headers["www-authenticate"] == "Bearer"
     assert (await gateway.client.post(CHAT, json=chat(), headers=bearer(key))).status_code == 200
     assert (await gateway.client.get("/", headers=bearer(key))).status_code == 404, "no page with keys"
-    for path in ("/health/live", "/health/ready", "/ping", "/version", "/metrics"):
+    for path in ("/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics"):
         assert (await gateway.client.get(path)).status_code == 200, "probes have none"
 
 

@@ -26,7 +26,7 @@ from forepage.gateway.request_scope import request_scope
 from forepage.settings import SettingsError
 
 KEY_PREFIX = "fp-"
-OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics"})
 """What probes and scrapers ask, without a key; none of it tells of a prompt."""
 
 

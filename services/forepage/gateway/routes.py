@@ -84,6 +84,11 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
         """This process answers."""
         return {"status": "live"}
 
+    @router.get("/health", include_in_schema=False)
+    async def health() -> dict[str, str]:
+        """This process answers, by the name that load generators probe."""
+        return {"status": "live"}
+
     @router.get("/ping")
     async def ping() -> dict[str, str]:
         """This process answers, by the name that hosting platforms probe."""
