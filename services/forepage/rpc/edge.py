@@ -23,7 +23,7 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),  # else one a minute: a peer that hangs is noticed after that
+    ("grpc.http2.ping_timeout_ms", 15_000),  # a peer that hangs; gRPC's own default is a minute
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # else a stream silent for 80 s is killed
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
