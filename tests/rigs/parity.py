@@ -17,6 +17,7 @@ from torch import Tensor
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.indexer import Indexer, IndexerQuery, IndexerTap
 from forepage.model.kv_pools import NAN_BYTE, DecodeBatch, KvPools, PoolCapacity, PrefillChunk
+from forepage.model.moe import Gate
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 ATOL = 2e-5
 """Largest difference of a logit of unit scale; the oracle's own paths differ by up to 7e-6."""
 TIE_MARGIN = 1e-5
-"""Entries whose scores are closer than this may be selected either way; then the oracle's are taken."""
+"""Entries or experts whose scores are closer may be selected either way; then the oracle's are taken."""
 NUM_TOKENS = 700
 LONG_TOKENS = 4096
 EDGES = (*range(1, 20), 63, 64, 65, *range(126, 133), *range(255, 259))
@@ -128,61 +129,95 @@ SLIM = MIXED | {
 
 @dataclass
 class TieBreaker:
-    """Stands between the indexers and what they selected; asserts that only near-ties differ."""
+    """Stands between the indexers and gates and what they selected; asserts that only near-ties differ.
+
+    `positions` [n] of the tokens now in the model are set before each run of it.
+    """
 
     choices: list[Choices]
+    routing: list[Choices]
     positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     settled: int = 0
     selections: int = 0
-    _calls: int = 0
+    _selects: int = 0
+    _routes: int = 0
 
-    def settle(self, tap: IndexerTap, positions: Tensor) -> IndexerTap:
+    def settle(self, tap: IndexerTap) -> IndexerTap:
         """The tap [n, k] of the next c4 layer, with the oracle's selection where a near-tie decided."""
-        choice = self.choices[self._calls % len(self.choices)]
-        self._calls += 1
-        self.selections += positions.shape[0]
-        theirs, scores = choice.selected[positions], choice.scores[positions]  # [n, N]
-        ours = selection_mask(tap.selected, scores.shape[1])
+        choice = self.choices[self._selects % len(self.choices)]
+        self._selects += 1
+        ours = selection_mask(tap.selected, choice.scores.shape[1])
         selected = tap.selected.clone()
-        for row in (ours != theirs).any(1).nonzero().flatten().tolist():
-            rivals = scores[row, ours[row] ^ theirs[row]]
-            gap = float(rivals.max() - rivals.min())
-            assert gap < TIE_MARGIN, f"token {int(positions[row])}: selected across a gap of {gap}"
-            entries = theirs[row].nonzero().flatten()
+        for row in self._flipped(ours, choice):
+            entries = choice.selected[self.positions[row]].nonzero().flatten()
             selected[row] = -1
             selected[row, : entries.shape[0]] = entries
-            self.settled += 1
         return replace(tap, selected=selected)
+
+    def settle_experts(self, experts: Tensor) -> tuple[Tensor, list[int]]:
+        """Experts [n, k] of the next layer that scores them, the oracle's where a near-tie decided; these."""
+        choice = self.routing[self._routes % len(self.routing)]
+        self._routes += 1
+        ours = torch.zeros(experts.shape[0], choice.scores.shape[1], dtype=torch.bool).scatter_(1, experts, 1)
+        rows = self._flipped(ours, choice)
+        settled = experts.clone()
+        for row in rows:
+            settled[row] = choice.selected[self.positions[row]].nonzero().flatten()
+        return settled, rows
+
+    def _flipped(self, ours: Tensor, choice: Choices) -> list[int]:
+        """Rows in which ours bool [n, N] is another set than the oracle's."""
+        theirs, scores = choice.selected[self.positions], choice.scores[self.positions]  # [n, N]
+        rows: list[int] = (ours != theirs).any(1).nonzero().flatten().tolist()
+        for row in rows:
+            rivals = scores[row, ours[row] ^ theirs[row]]
+            gap = float(rivals.max() - rivals.min())
+            assert gap < TIE_MARGIN, f"token {int(self.positions[row])}: selected across a gap of {gap}"
+        self.selections += ours.shape[0]
+        self.settled += len(rows)
+        return rows
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Every indexer's selection passes through here."""
-        select, select_prefill = Indexer.select, Indexer.select_prefill
+        """Every indexer's and every scoring gate's selection passes through here."""
+        select, select_prefill, route = Indexer.select, Indexer.select_prefill, Gate.route
 
         def decode(
             indexer: Indexer, ask: IndexerQuery, pool: KeyPool, *, block_table: Tensor, visible: Tensor
         ) -> IndexerTap:
             tap = select(indexer, ask, pool, block_table=block_table, visible=visible)
-            return self.settle(tap, self.positions)
+            return self.settle(tap)
 
         def prefill(
             indexer: Indexer, ask: IndexerQuery, pool: KeyPool, *, slots: Tensor, start: int
         ) -> IndexerTap:
             tap = select_prefill(indexer, ask, pool, slots=slots, start=start)
-            return self.settle(tap, torch.arange(start, start + tap.selected.shape[0]))
+            return self.settle(tap)
 
-        with patch.object(Indexer, "select", decode), patch.object(Indexer, "select_prefill", prefill):
+        def to_experts(gate: Gate, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            experts, weights = route(gate, x, tokens)
+            if gate.expert_ids is not None:
+                return experts, weights
+            experts, rows = self.settle_experts(experts)
+            given = replace(gate, expert_ids=experts)  # routed by number, as a hash layer is
+            weights[rows] = route(given, x[rows], torch.tensor(rows, dtype=torch.int64))[1]
+            return experts, weights
+
+        with (
+            patch.object(Indexer, "select", decode),
+            patch.object(Indexer, "select_prefill", prefill),
+            patch.object(Gate, "route", to_experts),
+        ):
             yield
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Our model, one text, and the oracle's logits f32 [S, vocab] and choices for all of it."""
+    """Our model, one text, and the oracle's logits f32 [S, vocab] and choices, in `ties`, for all of it."""
 
     transformer: Transformer
     tokens: Tensor
     expected: Tensor
-    choices: list[Choices]
     ties: TieBreaker
 
     @classmethod
@@ -194,7 +229,7 @@ class Subject:
         tokens = torch.randint(spec.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(SEED))
         run = run_oracle(config, weights, tokens)
         transformer = Transformer(spec, geometry, weights, CPU)
-        return cls(transformer, tokens, run.logits, run.choices, TieBreaker(run.choices))
+        return cls(transformer, tokens, run.logits, TieBreaker(run.choices, run.routing))
 
     @property
     def num_tokens(self) -> int:
@@ -234,6 +269,7 @@ class Sequences:
         size = chunk or num_tokens
         for start in range(0, num_tokens, size):
             end = min(start + size, num_tokens)
+            subject.ties.positions = torch.arange(start, end)
             place = PrefillChunk(sequence, start, table, table, table)
             output = subject.transformer.prefill(
                 subject.tokens[start:end], place, self.pools, all_logits=True
@@ -327,7 +363,7 @@ class Case:
 
     def measure(self, subject: Subject) -> tuple[float, TieBreaker]:
         """Largest difference of any logit, and what was left to the tie rule."""
-        ties = TieBreaker(subject.choices)
+        ties = TieBreaker(subject.ties.choices, subject.ties.routing)
         with torch.inference_mode(), ties.installed():
             return self.run(replace(subject, ties=ties)), ties
 

@@ -2,7 +2,8 @@
 
 It attends densely with a mask, keeps no paged pools and rounds nothing, so our fp32 KV format is compared
 with it. One run over a text serves every prefix of it: the model is causal. It also says which entries its
-indexers selected, because at a near-tie rounding decides, and the one flipped row then differs ever after.
+indexers and which experts its gates selected: at a near-tie rounding decides, and what was flipped then
+differs ever after.
 """
 
 import warnings
@@ -55,7 +56,10 @@ TOP_NAMES = {
 
 @dataclass(frozen=True)
 class Choices:
-    """One indexer's scores f32 [S, N] of a text of S tokens, and what it selected: bool [S, N]."""
+    """Scores f32 [S, N] of a text of S tokens, and what was selected by them: bool [S, N].
+
+    N: the entries of an indexer, or the experts of a gate.
+    """
 
     scores: Tensor
     selected: Tensor
@@ -63,10 +67,11 @@ class Choices:
 
 @dataclass(frozen=True)
 class OracleRun:
-    """Logits f32 [S, vocab] and each c4 layer's choices."""
+    """Logits f32 [S, vocab], each c4 layer's choices of entries, each scored layer's choices of experts."""
 
     logits: Tensor
     choices: list[Choices]
+    routing: list[Choices]
 
 
 def run_oracle(config: Mapping[str, object], weights: Mapping[str, Tensor], tokens: Tensor) -> OracleRun:
@@ -78,6 +83,7 @@ def run_built(oracle: Any, tokens: Tensor) -> OracleRun:
     """Run it over tokens i64 [S]."""
     scorers = _outputs_of(oracle, "indexer.scorer")
     indexers = _outputs_of(oracle, "indexer")
+    routers = _routers_of(oracle)
     logits, cache = [], None
     with torch.inference_mode():
         for chunk in tokens.split(CHUNK):
@@ -89,7 +95,8 @@ def run_built(oracle: Any, tokens: Tensor) -> OracleRun:
         _choices(scores, selected, shape)
         for scores, selected in zip(scorers.values(), indexers.values(), strict=True)
     ]
-    return OracleRun(torch.cat(logits), choices)
+    routing = [_routing(router, chunks) for router, chunks in routers]
+    return OracleRun(torch.cat(logits), choices, routing)
 
 
 def read_by_oracle(folder: Path) -> Any:
@@ -154,6 +161,24 @@ def _outputs_of(oracle: Any, suffix: str) -> dict[str, list[Tensor]]:
             collected = outputs.setdefault(name, [])
             module.register_forward_hook(lambda _module, _inputs, out, to=collected: to.append(out[0]))
     return outputs
+
+
+def _routers_of(oracle: Any) -> list[tuple[Any, list[tuple[Tensor, ...]]]]:
+    """The gates that score, in order, each with its outputs to come: logits [S, E], weights, experts [S, k]."""
+    routers = []
+    for module in oracle.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            collected: list[tuple[Tensor, ...]] = []
+            module.register_forward_hook(lambda _module, _inputs, out, to=collected: to.append(out))
+            routers.append((module, collected))
+    return routers
+
+
+def _routing(router: Any, chunks: list[tuple[Tensor, ...]]) -> Choices:
+    logits, _, experts = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    scores = router.score_fn(logits) + router.e_score_correction_bias
+    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, experts, True)
+    return Choices(scores, chosen)
 
 
 def _choices(scores: list[Tensor], selected: list[Tensor], shape: tuple[int, int]) -> Choices:

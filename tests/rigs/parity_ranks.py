@@ -76,7 +76,7 @@ def rank_differences(case: Case) -> list[dict[str, float]]:
     expected, tokens = whole_text_logits(case), text(case)
 
     def differences(ranks: RankGroup) -> dict[str, float]:
-        subject = Subject(split_model(case, ranks), tokens, expected, [], TieBreaker([]))
+        subject = Subject(split_model(case, ranks), tokens, expected, TieBreaker([], []))
         how = {_prefilled(n): prefill(subject, chunk=n) for n in case.chunks}
         how["decode, full"] = decode_from(subject, prompts=(1, 127, 255, 390), steps=6, paged=False)
         how["decode, exact"] = decode_from(subject, prompts=(300, 390), steps=6, paged=True)

@@ -36,7 +36,7 @@ def test_ranks_hold_the_same_bits(num_ranks: int) -> None:
 
     def run(ranks: RankGroup) -> tuple[list[Tensor], KvPools]:
         model = split_model(case, ranks, kv=KvFormat.FP8)
-        subject = Subject(model, tokens, torch.zeros(NUM_TOKENS, model.spec.vocab_size), [], TieBreaker([]))
+        subject = Subject(model, tokens, torch.zeros(NUM_TOKENS, model.spec.vocab_size), TieBreaker([], []))
         sequences = Sequences(subject, 2, NUM_TOKENS)
         for sequence, length in enumerate((300, 390)):
             sequences.prefill(sequence, length, 128)

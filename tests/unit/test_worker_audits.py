@@ -312,3 +312,14 @@ def test_a_held_step_repeats_its_position_and_leaves_the_same_state(num_tokens: 
         rig.run(twice)
     assert twice.tokens == once.tokens
     assert len(seen) >= 10
+
+
+def test_an_index_is_not_asked_after_every_early_step() -> None:
+    """Where the device makes no audits the first steps are a sample like all others."""
+    with worker_rig(
+        padded=True, random_audits=2, interval_steps=64, early_audit_steps=64, early_audit_every_steps=1
+    ) as rig:
+        rig.index.auto = wants(0)
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=40, audit=True)
+        rig.run(running)
+    assert sum(bool(question.audits) for question in rig.index.questions) <= 3

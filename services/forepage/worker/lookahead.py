@@ -232,7 +232,7 @@ class Lookahead:
         sequence.report.intervals += 1
         phase = first_interval_cut(sequence.holds.slot, settings.interval_steps)
         state.next_boundary = step + settings.interval_steps - (phase if state.interval == 0 else 0)
-        state.audit_steps = audit_steps(sequence, settings, step)
+        state.audit_steps = audit_steps(sequence, settings, step, on_device=self._parts.device.makes_audits)
 
     def _end_of_interval(self, sequence: Sequence) -> None:
         """Close a question whose plan never came to a load, and let the guard count the interval."""

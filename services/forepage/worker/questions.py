@@ -86,14 +86,18 @@ def audited_layers(
     return sorted(random.sample(range(num_c4), min(settings.audit_layers, num_c4)))
 
 
-def audit_steps(sequence: Sequence, settings: WorkerSettings, first_step: int) -> set[int]:
+def audit_steps(
+    sequence: Sequence, settings: WorkerSettings, first_step: int, *, on_device: bool
+) -> set[int]:
     """Steps of the interval that begins at `first_step` which are audited besides its end.
 
-    Early ones at a fixed stride, since a short answer has no other; of all, some at random.
+    Early ones at a fixed stride, since a short answer has no other; of all, some at random. The early ones
+    need a device that audits itself (`on_device`): an index that is asked after every step answers late.
     """
     random = Random(f"{sequence.request.sampling.seed}/interval/{first_step}")
     inner = range(first_step + 1, first_step + settings.interval_steps)
-    early = range(1, settings.early_audit_steps + 1, settings.early_audit_every_steps)
+    num_early = settings.early_audit_steps if on_device else 0
+    early = range(1, num_early + 1, settings.early_audit_every_steps)
     dense = {step for step in early if step in inner}
     return dense | set(random.sample(inner, min(settings.random_audits, len(inner))))
 
