@@ -164,7 +164,7 @@ def _outputs_of(oracle: Any, suffix: str) -> dict[str, list[Tensor]]:
 
 
 def _routers_of(oracle: Any) -> list[tuple[Any, list[tuple[Tensor, ...]]]]:
-    """The gates that score, in order, each with its outputs to come: logits [S, E], weights, experts [S, k]."""
+    """The gates that score, in order, each with its outputs: logits [S, E], weights, experts [S, k]."""
     routers = []
     for module in oracle.modules():
         if hasattr(module, "e_score_correction_bias"):
