@@ -87,6 +87,7 @@ async def test_every_field_reaches_the_worker(start_worker: StartWorker, open_ga
         "max_completion_tokens": 5,
         "cache_salt": "tenant",
         "user": "someone",
+        "priority": -7,
         "forepage": {"mode": "exact", "min_recall": 0.5, "budget_blocks": 3},
     }
     assert (await gateway.client.post("/v1/chat/completions", json=chat(**fields))).status_code == 200
@@ -96,6 +97,7 @@ async def test_every_field_reaches_the_worker(start_worker: StartWorker, open_ga
     )
     assert asked.residency == pb.Residency(mode="RESIDENCY_MODE_EXACT", min_recall=0.5, budget_blocks=3)
     assert asked.cache_salt == "tenant"
+    assert asked.priority == -7
     assert asked.ignore_eos
 
 

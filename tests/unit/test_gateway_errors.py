@@ -35,7 +35,8 @@ def result(call_id: str) -> dict[str, Any]:
 def error_of(reply: httpx.Response) -> dict[str, str | None]:
     body = reply.json()
     assert list(body) == ["error"]
-    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert set(body["error"]) == {"message", "type", "param", "code", "request_id"}
+    assert body["error"]["request_id"] == reply.headers["x-request-id"]
     assert SECRET not in reply.text
     error: dict[str, str | None] = body["error"]
     return error
@@ -146,6 +147,8 @@ def error_of(reply: httpx.Response) -> dict[str, str | None]:
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"cache_salt": 5}, "cache_salt"),
+        ({"priority": "high"}, "priority"),
+        ({"priority": 2**31}, "priority"),
         ({"forepage": []}, "forepage"),
         ({"forepage": {"mode": "fast"}}, "forepage.mode"),
         ({"forepage": {"min_recall": 1.5}}, "forepage.min_recall"),

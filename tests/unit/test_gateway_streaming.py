@@ -98,7 +98,7 @@ async def test_failure_inside_a_stream_is_its_last_event(
     *chunks, last = events_of(reply)
     assert chunks[-1]["choices"][0]["delta"] == {"content": "abc"}
     error = {"message": "no room", "type": "server_error", "param": None, "code": "capacity_exhausted"}
-    assert last == {"error": error}
+    assert last == {"error": error | {"request_id": reply.headers["x-request-id"]}}
 
 
 async def test_worker_death_inside_a_stream_is_its_last_event(

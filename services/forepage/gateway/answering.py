@@ -128,11 +128,11 @@ async def _events(
         yield ServerSentEvent(data="[DONE]", sep=LINE_END)
     except ForepageError as error:
         scope.error = error
-        yield _error_event(error)
+        yield _error_event(error, scope.request_id)
     except Exception as error:
         scope.error = error
         structlog.get_logger("forepage.gateway").exception("stream failed", request_id=scope.request_id)
-        yield _error_event(ForepageError("internal error"))
+        yield _error_event(ForepageError("internal error"), scope.request_id)
     finally:
         if not all(generation.done for generation in generations) and scope.error is None:
             scope.error = ClientGoneError("the client closed its connection")
@@ -172,5 +172,6 @@ async def interleaved(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[T]:
         await asyncio.gather(*coming, return_exceptions=True)
 
 
-def _error_event(error: ForepageError) -> ServerSentEvent:
-    return ServerSentEvent(data=ErrorReply.model_validate(error_body(error)).model_dump_json(), sep=LINE_END)
+def _error_event(error: ForepageError, request_id: str) -> ServerSentEvent:
+    reply = ErrorReply.model_validate(error_body(error, request_id))
+    return ServerSentEvent(data=reply.model_dump_json(), sep=LINE_END)

@@ -99,8 +99,10 @@ class KeyMiddleware:
         key = self._key_of(Headers(scope=scope))
         if key is None:
             error = AuthenticationError("show an API key of this server: `Authorization: Bearer fp-...`")
-            request_scope(scope).error = error
-            await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
+            ours = request_scope(scope)
+            ours.error = error
+            challenge = {"www-authenticate": "Bearer"}
+            await error_response(error, ours.request_id, challenge)(scope, receive, send)
             return
         request_scope(scope).tenant = key.tenant
         if scope["method"] != "POST":

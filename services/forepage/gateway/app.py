@@ -196,5 +196,6 @@ async def _unrouted(request: Request, found: Exception) -> Response:
 
 
 def _refused(request: Request, error: ForepageError, headers: Mapping[str, str] | None = None) -> Response:
-    request_scope(request.scope).error = error
-    return error_response(error, headers)
+    scope = request_scope(request.scope)
+    scope.error = error
+    return error_response(error, scope.request_id, headers)

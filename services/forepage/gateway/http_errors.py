@@ -1,4 +1,4 @@
-"""Errors as HTTP: OpenAI's shape {"error": {message, type, param, code}} and Retry-After.
+"""Errors as HTTP: OpenAI's shape {"error": {message, type, param, code}}, the request's id, and Retry-After.
 
 Every error of ours leaves through `error_response`, or through `error_body` inside a running stream.
 No message repeats what a client sent: bodies are prompts.
@@ -51,24 +51,27 @@ class ClientGoneError(ForepageError):
     grpc_status = "CANCELLED"
 
 
-def error_body(error: ForepageError) -> dict[str, dict[str, str | None]]:
-    """OpenAI's JSON for an error."""
+def error_body(error: ForepageError, request_id: str) -> dict[str, dict[str, str | None]]:
+    """OpenAI's JSON for an error, with what to look for in logs and traces."""
     return {
         "error": {
             "message": error.message,
             "type": _type_of(error),
             "param": error.param,
             "code": error.code,
+            "request_id": request_id,
         }
     }
 
 
-def error_response(error: ForepageError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(
+    error: ForepageError, request_id: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """The whole answer; errors that pass by themselves say when to come back."""
     sent = dict(headers or {})
     if isinstance(error, CapacityError | DependencyError):
         sent["retry-after"] = str(max(1, math.ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))
-    return JSONResponse(error_body(error), error.http_status, sent)
+    return JSONResponse(error_body(error, request_id), error.http_status, sent)
 
 
 def error_of_validation(errors: Sequence[Mapping[str, Any]], body: object) -> RequestError:

@@ -128,12 +128,13 @@ class Completion(ReplyHead):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` names the field."""
+    """What went wrong; `param` names the field, `request_id` is the one of the `x-request-id` header."""
 
     message: str
     type: str
     param: str | None
     code: str
+    request_id: str
 
 
 class ErrorReply(BaseModel):

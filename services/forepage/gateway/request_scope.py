@@ -100,12 +100,13 @@ class RequestScopeMiddleware:
         except ForepageError as error:
             ours.error = error
             if ours.status is None:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, ours.request_id)(scope, receive, send)
         except Exception as error:
             ours.error = error
             self._log.exception("request failed", request_id=ours.request_id)
             if ours.status is None:
-                await error_response(ForepageError("internal error"))(scope, receive, send)
+                internal = ForepageError("internal error")
+                await error_response(internal, ours.request_id)(scope, receive, send)
 
     def _span(self, scope: Scope, headers: Headers, request_id: str) -> Span:
         if not scope["path"].startswith("/v1/"):

@@ -99,6 +99,12 @@ class GenerationBody(Fields, ABC):
     timeout_s: float | None = Field(
         None, gt=0.0, description="extension: the whole request ends by then, with 504 if it isn't done"
     )
+    priority: int | None = Field(
+        None,
+        ge=-INT32_MAX,
+        le=INT32_MAX,
+        description="extension, as in vLLM: of the requests that wait for memory the lowest is first; 0",
+    )
     ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
     forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
     cache_salt: Text | None = Field(

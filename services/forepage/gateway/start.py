@@ -262,4 +262,5 @@ def _generate_request(
         residency=residency_wish(body.forepage),
         cache_salt=salt,
         ignore_eos=bool(body.ignore_eos),
+        priority=body.priority or 0,
     )

@@ -111,7 +111,7 @@ class Residency(_message.Message):
     def __init__(self, mode: _Optional[_Union[ResidencyMode, str]] = ..., min_recall: _Optional[float] = ..., budget_blocks: _Optional[int] = ..., plan_source: _Optional[_Union[_index_pb2.PlanSource, str]] = ..., threshold: _Optional[float] = ..., audit: bool = ..., reads: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos", "answered_token_ids")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "residency", "cache_salt", "ignore_eos", "answered_token_ids", "priority")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -126,7 +127,8 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     ignore_eos: bool
     answered_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ..., cache_salt: _Optional[str] = ..., ignore_eos: bool = ..., answered_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    priority: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., residency: _Optional[_Union[Residency, _Mapping]] = ..., cache_salt: _Optional[str] = ..., ignore_eos: bool = ..., answered_token_ids: _Optional[_Iterable[int]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("started", "tokens", "finished", "failed")

@@ -2,11 +2,12 @@
 
 A sequence is admitted only with everything it can come to need: a slot, c128 blocks, promised row and
 key blocks, and arena slots for every block and resume record it will write. What is missing is waited
-for, in order of arrival, until the admission timeout; a request that can never fit is refused at once.
+for, by priority and then in order of arrival, until the admission timeout; a request that can never fit is
+refused at once. No priority takes memory from a request that was admitted.
 """
 
+import bisect
 import time
-from collections import deque
 
 from forepage.errors import CapacityError, ContextLengthError, DependencyError, ForepageError, RateLimitError
 from forepage.kv.block_allocator import BlockAllocator
@@ -25,7 +26,7 @@ class Admission:
 
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # in order of admission
 
     @property
     def num_waiting(self) -> int:
@@ -37,7 +38,7 @@ class Admission:
         if len(self._waiting) >= self._parts.settings.max_waiting:
             raise RateLimitError("the worker's queue is full; try again later", None, 5.0)
         self._check_fits(sequence)
-        self._waiting.append(sequence)
+        self._enqueue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A waiting request was cancelled or timed out."""
@@ -45,7 +46,7 @@ class Admission:
             self._waiting.remove(sequence)
 
     def next_waiting(self) -> Sequence | None:
-        """The oldest request, unless it must not be retried yet."""
+        """The request to admit next, unless it must not be retried yet."""
         if not self._waiting or time.monotonic() < self._waiting[0].retry_at_s:
             return None
         return self._waiting[0]
@@ -56,7 +57,7 @@ class Admission:
         return [sequence for sequence in self._waiting if sequence.arrived_s < limit]
 
     def try_start(self, sequence: Sequence) -> bool:
-        """Take device memory for the oldest request and ask the arena; False when there is no room now."""
+        """Take device memory for the next request and ask the arena; False when there is no room now."""
         parts = self._parts
         total = parts.geometry.num_blocks(sequence.request.total_tokens)
         if not self._promise_fixed(total):
@@ -67,7 +68,7 @@ class Admission:
             parts.blocks.c128.try_promise(-total)
             sequence.device = None
             return False
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         sequence.device.slot = parts.blocks.slots.allocate(1)[0]
         sequence.device.c128_ids = parts.blocks.c128.allocate(total)
         parts.device.clear_slot(sequence.device.slot)
@@ -78,7 +79,7 @@ class Admission:
         return True
 
     def take_grant(self, sequence: Sequence) -> None:
-        """The arena answered: go on with the cached prefix, or back to the head of the queue."""
+        """The arena answered: go on with the cached prefix, or back to its place in the queue."""
         assert sequence.grant is not None
         future, sequence.grant = sequence.grant, None
         try:
@@ -142,7 +143,10 @@ class Admission:
         sequence.phase = Phase.WAITING
         sequence.last_refusal = error
         sequence.retry_at_s = time.monotonic() + RETRY_S
-        self._waiting = deque(sorted([*self._waiting, sequence], key=lambda waiting: waiting.arrived_s))
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        bisect.insort(self._waiting, sequence, key=lambda one: (one.request.priority, one.arrived_s))
 
     def _grant_request(self, sequence: Sequence) -> GrantRequest:
         geometry, parts = self._parts.geometry, self._parts.resume_parts

@@ -57,6 +57,8 @@ class Request:
     reads: bool = False
     """Report which blocks were read for the answer."""
     num_answered: int = 0
+    priority: int = 0
+    """Of requests that wait the lowest is admitted first, then the oldest."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -122,6 +124,7 @@ class Request:
             audit=residency.audit,
             reads=residency.reads,
             num_answered=len(answered),
+            priority=message.priority,
         )
 
 
