@@ -9,9 +9,17 @@ import socket
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSetting
 
@@ -134,6 +142,16 @@ class GatewaySettings(_Section):
         description="file of API keys' digests, a line each (`forepage new-key`); none: no key is asked for",
     )
     cors_origins: tuple[str, ...] = Field((), description="web origins whose pages may ask; none by default")
+    tls_cert: Path | None = Field(
+        None, description="certificate chain for HTTPS, PEM; none: HTTP, for loopback or behind a proxy"
+    )
+    tls_key: Path | None = Field(None, description="its key, PEM without a password")
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("set both tls_cert and tls_key, or neither")
+        return self
 
 
 class IndexSettings(_Section):
@@ -257,6 +275,24 @@ class WorkerSettings(_Section):
         return value.replace("{hostname}", socket.gethostname()) if isinstance(value, str) else value
 
 
+class TlsSettings(_Section):
+    """Mutual TLS between our processes, and with Redis where its URL is `rediss://`."""
+
+    cert: Path | None = Field(None, description="this process's certificate chain, PEM; none: plain gRPC")
+    key: Path | None = Field(None, description="its key, PEM without a password")
+    ca: Path | None = Field(None, description="authorities that peers must be signed by, PEM")
+    server_name: str | None = Field(
+        None, description="name in the certificates of all our servers; none: each names its own address"
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        given = [self.cert is not None, self.key is not None]
+        if any(given) and not (all(given) and self.ca is not None):
+            raise ValueError("set cert, key and ca, or none of them (ca alone: for Redis)")
+        return self
+
+
 class TelemetrySettings(_Section):
     """Logs and traces; exporters over the network are chosen by the SDK's own OTEL_* variables."""
 
@@ -286,6 +322,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     coldpool: ColdpoolSettings = ColdpoolSettings()
     model: ModelSettings = ModelSettings()
+    tls: TlsSettings = TlsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
 

@@ -70,8 +70,8 @@ async def failing() -> AsyncIterator[tuple[FailingWorker, pb_grpc.DecodeWorkerSt
         pb_grpc.add_DecodeWorkerServicer_to_server(servicer, server)
 
     async with (
-        serving("127.0.0.1:0", register, drain_s=1.0) as (port, _),
-        open_channel(f"127.0.0.1:{port}") as channel,
+        serving("127.0.0.1:0", register, tls=None, drain_s=1.0) as (port, _),
+        open_channel(f"127.0.0.1:{port}", None) as channel,
     ):
         yield servicer, stub_of(channel)
 
@@ -141,17 +141,17 @@ async def test_bare_status_becomes_an_error_that_names_the_peer(
 
 
 async def test_nobody_there_is_a_dependency_error() -> None:
-    async with open_channel("127.0.0.1:1") as channel:
+    async with open_channel("127.0.0.1:1", None) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await stub_of(channel).Describe(pb.DescribeRequest(), timeout=5)
     assert isinstance(error_of_call(failure.value, what="worker"), DependencyError | DeadlineError)
-    assert not await is_serving("127.0.0.1:1", timeout_s=1.0)
+    assert not await is_serving("127.0.0.1:1", None, timeout_s=1.0)
 
 
 async def test_health_says_serving_while_the_server_runs() -> None:
-    async with serving("127.0.0.1:0", lambda _server: None, drain_s=0.1) as (port, _):
-        assert await is_serving(f"127.0.0.1:{port}", timeout_s=5.0)
+    async with serving("127.0.0.1:0", lambda _server: None, tls=None, drain_s=0.1) as (port, _):
+        assert await is_serving(f"127.0.0.1:{port}", None, timeout_s=5.0)
         with pytest.raises(DependencyError, match="cannot listen"):
-            async with serving("256.0.0.1:99999", lambda _server: None, drain_s=0.1):
+            async with serving("256.0.0.1:99999", lambda _server: None, tls=None, drain_s=0.1):
                 pass
-    assert not await is_serving(f"127.0.0.1:{port}", timeout_s=1.0)
+    assert not await is_serving(f"127.0.0.1:{port}", None, timeout_s=1.0)

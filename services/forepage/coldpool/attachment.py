@@ -26,6 +26,7 @@ from forepage.errors import CapacityError, DeadlineError, DependencyError, Forep
 from forepage.rpc import coldpool_pb2 as pb
 from forepage.rpc.coldpool_pb2_grpc import ColdPoolStub
 from forepage.rpc.edge import error_of_call, open_channel
+from forepage.rpc.tls import MutualTls
 from forepage.telemetry import MetricName, Telemetry
 from forepage.trace_context import outgoing_metadata
 
@@ -59,11 +60,12 @@ class Attachment:
         *,
         telemetry: Telemetry,
         on_reattach: OnReattach | None,
+        tls: MutualTls | None,
     ) -> None:
         self._identity = identity
         self._telemetry = telemetry
         self._on_reattach = on_reattach
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
         self._lock: ProcessLock | None = None
         self._epoch = ""
         self.stub = ColdPoolStub(self._channel)

@@ -20,6 +20,7 @@ from forepage.coldpool.records import PublishedRecord, RecordKind, SlotRef
 from forepage.coldpool.wire import record_to_wire, refs_from_wire, refs_to_wire
 from forepage.errors import DependencyError, ForepageError, RequestError
 from forepage.rpc import coldpool_pb2 as pb
+from forepage.rpc.tls import MutualTls
 from forepage.telemetry import MetricName, Telemetry
 
 __all__ = [
@@ -68,6 +69,7 @@ class ColdPoolClient:
         model_fingerprint: str,
         telemetry: Telemetry,
         on_reattach: OnReattach | None = None,
+        tls: MutualTls | None = None,
     ) -> None:
         """`on_reattach` hears (on the event loop) of leases and arenas lost with an earlier manager.
 
@@ -78,7 +80,7 @@ class ColdPoolClient:
         )
         self._holder_id = holder_id
         self._telemetry = telemetry
-        self._bond = Attachment(address, identity, telemetry=telemetry, on_reattach=on_reattach)
+        self._bond = Attachment(address, identity, telemetry=telemetry, on_reattach=on_reattach, tls=tls)
 
     @property
     def view(self) -> ArenaView:

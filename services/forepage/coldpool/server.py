@@ -17,8 +17,6 @@ from pathlib import Path
 import grpc
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from forepage.coldpool.arena import Arena, arena_path
 from forepage.coldpool.counters import ColdPoolCounters
@@ -36,13 +34,14 @@ from forepage.coldpool.upkeep import reap_holders, scrub
 from forepage.errors import CapacityError, DependencyError, ForepageError, ModelFormatError
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.logs import open_logs
+from forepage.redis_client import open_redis
 from forepage.rpc.coldpool_pb2_grpc import add_ColdPoolServicer_to_server
 from forepage.rpc.edge import serving
+from forepage.rpc.tls import MutualTls
 from forepage.settings import ModelSettings, Settings, Tier
 from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_telemetry
 
-REDIS_TIMEOUT_S = 1.0
 FLUSH_S = 2.0
 """How long a clean shutdown may take to empty the directory queue."""
 _FIRST_GENERATION_BITS = 40
@@ -84,6 +83,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 
 async def serve(settings: Settings, stop: asyncio.Event, telemetry: Telemetry) -> None:
     """`run` with the telemetry given."""
+    tls = MutualTls.read(settings.tls)
     async with AsyncExitStack() as stack:
         stack.callback(_lock_instance(settings).release)
         redis = await stack.enter_async_context(_open_redis(settings))
@@ -93,7 +93,7 @@ async def serve(settings: Settings, stop: asyncio.Event, telemetry: Telemetry) -
         if parts.is_new:  # a start that fails leaves nothing behind
             unserved.callback(parts.pool.arena.unlink)
         servicer = ArenaLeases(parts.pool, parts.holders, epoch=uuid.uuid4().hex, telemetry=telemetry)
-        await _serve_until(settings, stop, servicer, parts, on_serving=unserved.pop_all)
+        await _serve_until(settings, stop, servicer, parts, tls, on_serving=unserved.pop_all)
         await _leave(parts)
 
 
@@ -102,6 +102,7 @@ async def _serve_until(
     stop: asyncio.Event,
     servicer: ArenaLeases,
     parts: _Parts,
+    tls: MutualTls | None,
     *,
     on_serving: Callable[[], object],
 ) -> None:
@@ -118,7 +119,8 @@ async def _serve_until(
             upkeep.append(tasks.create_task(scrub(parts.pool, bytes_per_s=coldpool.scrub_bytes_per_s)))
         if parts.directory is not None:
             upkeep.append(tasks.create_task(parts.directory.run()))
-        async with serving(coldpool.listen, register, drain_s=coldpool.drain_timeout_s) as (port, _):
+        drain_s = coldpool.drain_timeout_s
+        async with serving(coldpool.listen, register, tls=tls, drain_s=drain_s) as (port, _):
             _log.info("serving", listen=coldpool.listen, port=port, slots=parts.pool.arena.num_slots)
             on_serving()
             await stop.wait()
@@ -234,12 +236,7 @@ async def _open_redis(settings: Settings) -> AsyncIterator[Redis | None]:
     if settings.redis_url is None:
         yield None
         return
-    client = Redis.from_url(
-        settings.redis_url.get_secret_value(),
-        socket_timeout=REDIS_TIMEOUT_S,
-        socket_connect_timeout=REDIS_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
+    client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
     try:
         yield client
     finally:

@@ -14,8 +14,10 @@ from forepage.errors import DependencyError
 from forepage.gateway.redis_workers import RedisWorkers
 from forepage.launch.health import Role, dialable, http_json, listen_of, role_is_ready
 from forepage.launch.run_card import RunCard, running_card
+from forepage.redis_client import open_redis
 from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc, worker_pb2, worker_pb2_grpc
 from forepage.rpc.edge import is_serving, open_channel
+from forepage.rpc.tls import MutualTls
 from forepage.settings import Settings
 from forepage.telemetry import open_telemetry
 
@@ -79,11 +81,12 @@ async def read_status(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> St
     card = running_card(settings.coldpool.shm_dir, settings.instance)
     settings = settings if card is None else _placed_as(settings, card)
     addresses = await _worker_addresses(settings, card)
+    tls = MutualTls.read(settings.tls)
     gateway, index, arena, workers, gpus = await asyncio.gather(
         _gateway(settings, timeout_s),
-        _index(settings, timeout_s),
-        _arena(settings, timeout_s),
-        asyncio.gather(*(_worker(address, timeout_s) for address in addresses)),
+        _index(settings, tls, timeout_s),
+        _arena(settings, tls, timeout_s),
+        asyncio.gather(*(_worker(address, tls, timeout_s) for address in addresses)),
         _gpus(timeout_s),
     )
     version, models, gateway_status = gateway
@@ -126,7 +129,8 @@ async def _worker_addresses(settings: Settings, card: RunCard | None) -> Sequenc
     if settings.redis_url is None:
         return fallback
     telemetry = open_telemetry("status", instance_id="status")
-    source = RedisWorkers(settings.redis_url.get_secret_value(), settings.instance, telemetry)
+    client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
+    source = RedisWorkers(client, settings.instance, telemetry)
     try:
         return await source.addresses() or fallback
     except DependencyError:
@@ -155,13 +159,15 @@ async def _gateway(settings: Settings, timeout_s: float) -> tuple[str | None, tu
     )
 
 
-async def _index(settings: Settings, timeout_s: float) -> ProcessStatus:
+async def _index(settings: Settings, tls: MutualTls | None, timeout_s: float) -> ProcessStatus:
     address = dialable(settings.index.listen)
-    return ProcessStatus(Role.INDEX, address, await is_serving(address, timeout_s=timeout_s))
+    return ProcessStatus(Role.INDEX, address, await is_serving(address, tls, timeout_s=timeout_s))
 
 
-async def _arena(settings: Settings, timeout_s: float) -> coldpool_pb2.StatReply | None:
-    async with open_channel(dialable(settings.coldpool.listen)) as channel:
+async def _arena(
+    settings: Settings, tls: MutualTls | None, timeout_s: float
+) -> coldpool_pb2.StatReply | None:
+    async with open_channel(dialable(settings.coldpool.listen), tls) as channel:
         try:
             reply: coldpool_pb2.StatReply = await coldpool_pb2_grpc.ColdPoolStub(channel).Stat(
                 coldpool_pb2.StatRequest(), timeout=timeout_s
@@ -171,9 +177,9 @@ async def _arena(settings: Settings, timeout_s: float) -> coldpool_pb2.StatReply
     return reply
 
 
-async def _worker(address: str, timeout_s: float) -> WorkerStatus:
+async def _worker(address: str, tls: MutualTls | None, timeout_s: float) -> WorkerStatus:
     """Its description, and the first snapshot of who watches: what every sequence holds."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         stub = worker_pb2_grpc.DecodeWorkerStub(channel)
         try:
             described = await stub.Describe(worker_pb2.DescribeRequest(), timeout=timeout_s)

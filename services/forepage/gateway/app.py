@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from forepage.errors import DependencyError, ForepageError, RequestError
+from forepage.exposure import warn_if_open
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.api_keys import KeyMiddleware, read_keys
@@ -32,7 +33,9 @@ from forepage.gateway.routes import OPERATIONS, TOKENIZER_PATHS, make_router
 from forepage.gateway.start import Starter
 from forepage.gateway.worker_directory import FixedWorkers, WorkerDirectory, WorkerSource
 from forepage.logs import open_logs
+from forepage.redis_client import open_redis
 from forepage.release import release_version
+from forepage.rpc.tls import MutualTls, check_pair
 from forepage.settings import GatewaySettings, Settings, SettingsError
 from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_telemetry
@@ -94,6 +97,10 @@ async def run(
     log = open_logs("gateway", settings.telemetry)
     logging.getLogger("sse_starlette").setLevel(logging.INFO)  # at DEBUG it logs every piece of every answer
     ours = settings.gateway
+    if ours.tls_cert is not None and ours.tls_key is not None:
+        check_pair(
+            ours.tls_cert, ours.tls_key, names=("FOREPAGE_GATEWAY__TLS_CERT", "FOREPAGE_GATEWAY__TLS_KEY")
+        )
     tokenizer, wording = Tokenizer.load(settings.model.path), Wording.load(settings.model.path)
     async with AsyncExitStack() as stack:
         telemetry = open_telemetry(
@@ -103,7 +110,8 @@ async def run(
             span_processors=span_log_processors("gateway", settings.telemetry),
         )
         stack.callback(telemetry.close)
-        directory = WorkerDirectory(_worker_source(settings, telemetry), telemetry)
+        peers = MutualTls.read(settings.tls)
+        directory = WorkerDirectory(_worker_source(settings, telemetry), telemetry, peers)
         stack.push_async_callback(directory.close)
         admission = Admission(ours.max_concurrent_requests)
         app = create_app(
@@ -122,6 +130,8 @@ async def run(
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                ssl_certfile=ours.tls_cert,
+                ssl_keyfile=ours.tls_key,
                 timeout_graceful_shutdown=CUT_TIMEOUT_S,
             )
         )
@@ -129,6 +139,7 @@ async def run(
             polling = tasks.create_task(directory.run(ours.worker_poll_s))
             serving = tasks.create_task(server.serve(sockets=[listener]))
             log.info("listening", host=ours.host, port=port)
+            warn_if_open(ours.host, lacks=_lacks(ours))
             if listening is not None:
                 listening(port)
             await stop.wait()
@@ -138,6 +149,15 @@ async def run(
             await serving
             polling.cancel()
         log.info("stopped")
+
+
+def _lacks(ours: GatewaySettings) -> str | None:
+    """Settings that guard an address which others reach, and are not set."""
+    missing = {
+        "FOREPAGE_GATEWAY__API_KEYS": ours.api_keys is None,
+        "FOREPAGE_GATEWAY__TLS_CERT": ours.tls_cert is None,
+    }
+    return ", ".join(name for name, is_missing in missing.items() if is_missing) or None
 
 
 async def _drain(admission: Admission, directory: WorkerDirectory, timeout_s: float) -> None:
@@ -153,7 +173,8 @@ def _worker_source(settings: Settings, telemetry: Telemetry) -> WorkerSource:
     if settings.redis_url is None:
         raise SettingsError("the gateway needs FOREPAGE_GATEWAY__WORKER_ADDRESSES or FOREPAGE_REDIS_URL")
     try:
-        return RedisWorkers(settings.redis_url.get_secret_value(), settings.instance, telemetry)
+        client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
+        return RedisWorkers(client, settings.instance, telemetry)
     except ValueError as error:  # names the schemes, not the URL
         raise SettingsError(f"FOREPAGE_REDIS_URL: {error}") from error
 

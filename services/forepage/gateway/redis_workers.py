@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from forepage.errors import DependencyError, IntegrityError
@@ -18,19 +16,13 @@ from forepage.telemetry import MetricName, Telemetry
 
 SCAN_EVERY_POLLS = 5
 SCAN_COUNT = 10_000
-REDIS_TIMEOUT_S = 1.0
 
 
 class RedisWorkers:
     """A worker source; owns its Redis connection and the keys seen so far."""
 
-    def __init__(self, url: str, instance: str, telemetry: Telemetry) -> None:
-        self._client = Redis.from_url(
-            url,
-            socket_timeout=REDIS_TIMEOUT_S,
-            socket_connect_timeout=REDIS_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),  # the next poll is the retry
-        )
+    def __init__(self, client: Redis, instance: str, telemetry: Telemetry) -> None:
+        self._client = client
         self._pattern = f"forepage:{instance}:worker:*"
         self._telemetry = telemetry
         self._log = structlog.get_logger("forepage.gateway")

@@ -14,6 +14,7 @@ from forepage.errors import DeadlineError, DependencyError, ForepageError, error
 from forepage.gateway.routing import WorkerLoad
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.edge import error_of_call, open_channel
+from forepage.rpc.tls import MutualTls
 from forepage.rpc.worker_pb2_grpc import DecodeWorkerStub
 from forepage.trace_context import outgoing_metadata
 
@@ -35,10 +36,10 @@ class Served:
 class WorkerClient:
     """A worker at `address`. `wanted` is False once the directory no longer lists it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: MutualTls | None = None) -> None:
         self.address = address
         self.wanted = True
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, tls)
         self._stub = DecodeWorkerStub(self._channel)
         self._said: pb.DescribeReply | None = None
         self._reachable = False

@@ -13,6 +13,7 @@ import structlog
 
 from forepage.errors import DependencyError, ForepageError, UnknownModelError
 from forepage.gateway.worker_client import Served, WorkerClient
+from forepage.rpc.tls import MutualTls
 from forepage.telemetry import MetricName, Telemetry
 
 DESCRIBE_TIMEOUT_S = 2.0
@@ -45,8 +46,9 @@ class FixedWorkers:
 class WorkerDirectory:
     """Owns one client per worker. `refresh` is one poll; `run` polls for ever."""
 
-    def __init__(self, source: WorkerSource, telemetry: Telemetry) -> None:
+    def __init__(self, source: WorkerSource, telemetry: Telemetry, tls: MutualTls | None = None) -> None:
         self._source = source
+        self._tls = tls
         self._telemetry = telemetry
         self._log = structlog.get_logger("forepage.gateway")
         self._workers: dict[str, WorkerClient] = {}
@@ -80,7 +82,7 @@ class WorkerDirectory:
             worker.wanted = is_named or worker.usable
         for address in addresses:
             if address not in self._workers:
-                self._workers[address] = WorkerClient(address)
+                self._workers[address] = WorkerClient(address, self._tls)
 
     @property
     def ready(self) -> bool:

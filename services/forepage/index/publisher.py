@@ -8,15 +8,12 @@ import asyncio
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from forepage.frames import PlanFrame
 from forepage.telemetry import MetricName, Telemetry
 
 QUEUE_PLANS = 1024
-REDIS_TIMEOUT_S = 1.0
 FIELD = "plan"
 FALLBACK = "plan_not_published"
 _log = structlog.get_logger("forepage.index")
@@ -25,16 +22,6 @@ _log = structlog.get_logger("forepage.index")
 def plan_stream(instance: str) -> str:
     """The stream's key."""
     return f"forepage:{instance}:plans"
-
-
-def open_redis(url: str) -> Redis:
-    """A client whose every call ends soon, also when the server hangs."""
-    return Redis.from_url(
-        url,
-        socket_timeout=REDIS_TIMEOUT_S,
-        socket_connect_timeout=REDIS_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-    )
 
 
 class PlanPublisher:

@@ -15,7 +15,7 @@ from forepage.coldpool.arena import arena_path
 from forepage.errors import ForepageError
 from forepage.index.key_store import KeyStore
 from forepage.index.planner import Planner
-from forepage.index.publisher import PlanPublisher, open_redis, plan_stream
+from forepage.index.publisher import PlanPublisher, plan_stream
 from forepage.index.question import QuestionLimits
 from forepage.index.scorer import Scorer
 from forepage.index.servicer import LookaheadServicer
@@ -23,8 +23,10 @@ from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.logs import open_logs
 from forepage.model.memory_indexer import MemoryIndexer
 from forepage.model.spec import ModelSpec, read_config
+from forepage.redis_client import open_redis
 from forepage.rpc.edge import serving
 from forepage.rpc.index_pb2_grpc import add_LookaheadIndexServicer_to_server
+from forepage.rpc.tls import MutualTls
 from forepage.settings import IndexSettings, Settings
 from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_telemetry
@@ -40,6 +42,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     Raises: ModelFormatError for the model folder, DependencyError when the address can't be bound.
     """
     open_logs("index", settings.telemetry)
+    tls = MutualTls.read(settings.tls)
     telemetry = open_telemetry(
         "index",
         instance_id=settings.instance,
@@ -51,7 +54,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     torch.set_num_threads(1)
     try:
         async with asyncio.TaskGroup() as tasks:
-            await _serve(settings, stop, tasks, telemetry)
+            await _serve(settings, stop, tasks, telemetry, tls)
     except ExceptionGroup as group:
         ours, others = group.split(ForepageError)
         if ours is not None and others is None:
@@ -66,6 +69,7 @@ async def _serve(
     stop: asyncio.Event,
     tasks: asyncio.TaskGroup,
     telemetry: Telemetry,
+    tls: MutualTls | None,
 ) -> None:
     async with _publishing(settings, tasks, telemetry) as publisher:
         servicer, store = build_servicer(settings, publisher, telemetry)
@@ -73,8 +77,8 @@ async def _serve(
         def register(server: grpc.aio.Server) -> None:
             add_LookaheadIndexServicer_to_server(servicer, server)
 
-        drain_s = settings.index.drain_timeout_s
-        async with serving(settings.index.listen, register, drain_s=drain_s, ready=False) as (port, health):
+        listen, drain_s = settings.index.listen, settings.index.drain_timeout_s
+        async with serving(listen, register, tls=tls, drain_s=drain_s, ready=False) as (port, health):
             _log.info("index listens", port=port)
             mapping = tasks.create_task(_map_arena(store, health))
             await stop.wait()
@@ -92,7 +96,7 @@ async def _publishing(
     if settings.redis_url is None:
         yield None
         return
-    async with open_redis(settings.redis_url.get_secret_value()) as redis:
+    async with open_redis(settings.redis_url.get_secret_value(), settings.tls) as redis:
         publisher = PlanPublisher(
             redis,
             stream=plan_stream(settings.instance),

@@ -6,11 +6,12 @@ not answering is the answer no.
 
 import asyncio
 import json
+import ssl
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from forepage.settings import Settings
+from forepage.settings import GatewaySettings, Settings
 
 READY_PATH = "/health/ready"
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]", "::": "::1"}
@@ -30,8 +31,10 @@ async def role_is_ready(role: Role, settings: Settings, *, timeout_s: float) -> 
     if role is Role.GATEWAY:
         return await _http_get(settings, READY_PATH, timeout_s=timeout_s) is not None
     from forepage.rpc.edge import is_serving  # grpc costs 0.2 s: only where it is asked for
+    from forepage.rpc.tls import MutualTls
 
-    return await is_serving(dialable(listen_of(role, settings)), timeout_s=timeout_s)
+    address = dialable(listen_of(role, settings))
+    return await is_serving(address, MutualTls.read(settings.tls), timeout_s=timeout_s)
 
 
 def listen_of(role: Role, settings: Settings) -> str:
@@ -74,11 +77,27 @@ async def _http_get(settings: Settings, path: str, *, timeout_s: float) -> bytes
     request = f"GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n"
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=_trusted(settings.gateway))
             head, _, body = (await _ask(reader, writer, request.encode())).partition(b"\r\n\r\n")
     except (OSError, TimeoutError):
         return None
     return body if head.split(b" ", 2)[1:2] == [b"200"] else None
+
+
+def gateway_url(settings: Settings) -> str:
+    """Of this host's gateway, as a client here calls it."""
+    scheme = "http" if settings.gateway.tls_cert is None else "https"
+    return f"{scheme}://{dialable(settings.gateway.host)}:{settings.gateway.port}"
+
+
+def _trusted(gateway: GatewaySettings) -> ssl.SSLContext | None:
+    """Only the very certificate that the gateway was told to show, whatever name is in it; None: plain."""
+    if gateway.tls_cert is None:
+        return None
+    context = ssl.create_default_context(cafile=str(gateway.tls_cert))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
 
 
 async def valkey_is_ready(socket_path: Path, *, timeout_s: float) -> bool:

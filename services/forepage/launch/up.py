@@ -15,7 +15,7 @@ from pathlib import Path
 
 from forepage.launch.child import Child, ChildSpec, Patience
 from forepage.launch.child_log import follow_warnings
-from forepage.launch.health import dialable, listen_of, served_models
+from forepage.launch.health import dialable, gateway_url, listen_of, served_models
 from forepage.launch.instance import LaunchError, instance_lock, remove_leftovers
 from forepage.launch.run_card import RunCard
 from forepage.launch.terminal import Terminal
@@ -131,8 +131,7 @@ async def _announce(children: Sequence[Child], settings: Settings, terminal: Ter
 
 
 def _announcement(settings: Settings, *, model: str) -> str:
-    host, port = dialable(settings.gateway.host), settings.gateway.port
-    url = f"http://{host}:{port}"
+    url = gateway_url(settings)
     body = json.dumps(
         {
             "model": model,

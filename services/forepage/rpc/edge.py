@@ -15,6 +15,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from forepage.errors import CapacityError, DeadlineError, DependencyError, ForepageError, error_from_code
+from forepage.exposure import warn_if_open
+from forepage.rpc.tls import MutualTls
 
 ERROR_KEY = "forepage-error-bin"
 MAX_MESSAGE_BYTES = 64 << 20
@@ -35,9 +37,12 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[ForepageError]] = {
 }
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, tls: MutualTls | None) -> grpc.aio.Channel:
     """A channel with our limits; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    options = (*CHANNEL_OPTIONS, *tls.channel_options())
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=options)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ForepageError) -> NoReturn:
@@ -78,7 +83,12 @@ def metadata_of(context: grpc.aio.ServicerContext[Any, Any]) -> Mapping[str, str
 
 @asynccontextmanager
 async def serving(
-    listen: str, register: Callable[[grpc.aio.Server], None], *, drain_s: float, ready: bool = True
+    listen: str,
+    register: Callable[[grpc.aio.Server], None],
+    *,
+    tls: MutualTls | None,
+    drain_s: float,
+    ready: bool = True,
 ) -> AsyncIterator[tuple[int, Any]]:
     """Serve while the block runs: yields the bound port and the health servicer.
 
@@ -92,7 +102,11 @@ async def serving(
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     register(server)
     try:
-        port = server.add_insecure_port(listen)
+        warn_if_open(listen, lacks="FOREPAGE_TLS__*" if tls is None else None)
+        if tls is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, tls.server_credentials())
     except RuntimeError as error:
         raise DependencyError(f"cannot listen on {listen}: is another process using the port?") from error
     status = health_pb2.HealthCheckResponse
@@ -105,9 +119,9 @@ async def serving(
         await server.stop(drain_s)
 
 
-async def is_serving(address: str, *, timeout_s: float) -> bool:
+async def is_serving(address: str, tls: MutualTls | None, *, timeout_s: float) -> bool:
     """Whether a gRPC server there answers SERVING."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, tls) as channel:
         try:
             reply = await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=""), timeout=timeout_s

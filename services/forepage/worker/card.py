@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 
-import redis.asyncio
 import structlog
 from redis.exceptions import RedisError
 
 from forepage.frames import WorkerFrame
+from forepage.redis_client import open_redis
 from forepage.settings import Settings
 
 TTL_S = 5
@@ -25,9 +25,7 @@ async def keep_card(settings: Settings, identity: WorkerFrame) -> None:
         return
     log = structlog.get_logger("forepage.worker.card")
     key, card = card_key(settings.instance, identity.worker_id), identity.encode()
-    client = redis.asyncio.Redis.from_url(
-        settings.redis_url.get_secret_value(), socket_timeout=1.0, socket_connect_timeout=1.0
-    )
+    client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
     is_written = True
     try:
         while True:

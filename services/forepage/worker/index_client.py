@@ -13,6 +13,7 @@ import structlog
 from forepage.rpc import index_pb2 as pb
 from forepage.rpc import index_pb2_grpc as rpc
 from forepage.rpc.edge import open_channel
+from forepage.rpc.tls import MutualTls
 
 RECONNECT_S = 0.2
 MAX_RECONNECT_S = 1.0
@@ -26,9 +27,12 @@ OnDown = Callable[[], None]
 class IndexClient:
     """Sends questions, hands replies to `on_reply`; `on_down` is called when the stream breaks."""
 
-    def __init__(self, address: str, *, on_reply: OnReply, on_down: OnDown) -> None:
+    def __init__(
+        self, address: str, *, on_reply: OnReply, on_down: OnDown, tls: MutualTls | None = None
+    ) -> None:
         """Callbacks run on the event loop's thread."""
         self._address = address
+        self._tls = tls
         self._on_reply = on_reply
         self._on_down = on_down
         self._outbox: asyncio.Queue[pb.LookaheadRequest] = asyncio.Queue(MAX_OPEN)
@@ -53,7 +57,7 @@ class IndexClient:
         """Keep the stream up until cancelled."""
         self._loop = asyncio.get_running_loop()
         delay, is_told = RECONNECT_S, False
-        async with open_channel(self._address) as channel:
+        async with open_channel(self._address, self._tls) as channel:
             while True:
                 try:
                     await asyncio.wait_for(channel.channel_ready(), MAX_RECONNECT_S)

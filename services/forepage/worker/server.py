@@ -17,6 +17,7 @@ from forepage.model.rank_group import RankLostError
 from forepage.model.tensor_parallel import check_split
 from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import serving
+from forepage.rpc.tls import MutualTls
 from forepage.settings import Settings
 from forepage.span_log import span_log_processors
 from forepage.telemetry import open_telemetry
@@ -50,6 +51,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     )
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.close)
+        tls = MutualTls.read(settings.tls)
         folder = ModelFolder.read(settings.model)
         check_split(folder.spec, settings.worker.tensor_parallel)
         client = ColdPoolClient(
@@ -59,6 +61,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             model_fingerprint=folder.fingerprint,
             telemetry=telemetry,
             on_reattach=lambda news: loop.take_reattached(news),
+            tls=tls,
         )
         stack.push_async_callback(client.close)
         await client.attach()
@@ -66,6 +69,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             settings.worker.index_address,
             on_reply=lambda reply: loop.take_reply(reply),
             on_down=lambda: loop.index_down(),
+            tls=tls,
         )
         device = device_of(settings.model, num_ranks=settings.worker.tensor_parallel)
         arena = PinnedArena(client.view, device)
@@ -82,7 +86,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         identity = folder.card(settings.worker)
         servicer = DecodeWorker(loop, parts, identity, folder.grammar(), arena, eos=folder.eos)
         async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):
-            await _serve(settings, stop, loop, servicer, arena, identity)
+            await _serve(settings, stop, loop, servicer, arena, identity, tls)
         if loop.broken is not None:
             raise loop.broken
         if not loop.is_running:
@@ -97,12 +101,14 @@ async def _serve(
     servicer: DecodeWorker,
     arena: PinnedArena,
     identity: WorkerFrame,
+    tls: MutualTls | None,
 ) -> None:
     """From here on the worker answers; it is ready, and found by gateways, once its arena is page-locked."""
     drain_s = settings.worker.drain_timeout_s
     async with serving(
         settings.worker.listen,
         lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server),
+        tls=tls,
         drain_s=drain_s,
         ready=False,
     ) as (port, health):

