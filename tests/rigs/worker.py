@@ -361,11 +361,11 @@ def worker_rig(
             ranks=ranks,
         )
         local = _poisoned(parts.device.local)
-        if padded and device.type == "cpu":
+        if device.type == "cpu" and num_ranks == 1:
             rows = settings.worker.max_running
             audit = DeviceAudit(local.memory, arena.payloads, topk=parts.topk) if audits_on_device else None
             steps = PaddedDecode(local, max_rows=rows, max_graphs=0, telemetry=telemetry, audit=audit)
-            parts = replace(parts, device=Device(local, padded=steps))
+            parts = replace(parts, device=Device(local, padded=steps if padded else None))
         try:
             yield WorkerRig(parts, arena, index, followers)
         finally:

@@ -138,14 +138,14 @@ def assemble(
     geometry, topk = folder.geometry, folder.spec.index_topk
     local = assemble_rank(settings.worker, folder, device, arena, ranks=ranks.tensors)
     padded = None
-    if device.type == "cuda" and ranks.tensors.num_ranks == 1:
-        is_capturable = geometry.format is KvFormat.FP8
+    if ranks.tensors.num_ranks == 1:
+        is_stored_as_served = geometry.format is KvFormat.FP8  # fp32 is for tests: no kernel reads it
         padded = PaddedDecode(
             local,
             max_rows=settings.worker.max_running,
-            max_graphs=settings.worker.decode_graphs if is_capturable else 0,
+            max_graphs=settings.worker.decode_graphs if is_stored_as_served else 0,
             telemetry=telemetry,
-            audit=DeviceAudit(local.memory, arena, topk=topk) if is_capturable else None,
+            audit=DeviceAudit(local.memory, arena, topk=topk) if is_stored_as_served else None,
         )
     return WorkerParts(
         settings=settings.worker,
