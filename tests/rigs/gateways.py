@@ -75,6 +75,21 @@ class ServedGateway:
     task: "asyncio.Task[None]"
 
 
+async def check_error(reply: httpx.Response) -> None:
+    """What every error of ours looks like, on whatever path: a hook of the client that tests ask with.
+
+    A probe's 503 and what a browser asks before it asks are no errors for people to read.
+    """
+    is_read = reply.request.url.path != "/health/ready" and reply.request.method != "OPTIONS"
+    if reply.status_code < 400 or not is_read:
+        return
+    await reply.aread()
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code", "request_id"}
+    assert error["message"]
+    assert error["request_id"] == reply.headers["x-request-id"]
+
+
 def chat(content: str = "Hi", **fields: Any) -> dict[str, Any]:
     """A chat body."""
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}

@@ -20,7 +20,7 @@ from forepage.telemetry import open_telemetry
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 from rigs.fake_worker import FakeWorker, StartWorker
-from rigs.gateways import DEADLINE_S, OpenedGateway, OpenGateway, ServedGateway, ServeGateway
+from rigs.gateways import DEADLINE_S, OpenedGateway, OpenGateway, ServedGateway, ServeGateway, check_error
 
 
 @pytest.fixture
@@ -64,7 +64,11 @@ async def open_gateway() -> AsyncIterator[OpenGateway]:
                 admission=admission,
                 telemetry=telemetry,
             )
-            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
+            client = httpx.AsyncClient(
+                transport=httpx.ASGITransport(app),
+                base_url="http://gateway",
+                event_hooks={"response": [check_error]},
+            )
             await stack.enter_async_context(client)
             return OpenedGateway(app, client, directory, admission, telemetry, exporter, reader)
 

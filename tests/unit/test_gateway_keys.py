@@ -138,6 +138,9 @@ async def test_a_web_page_may_ask_only_if_its_origin_is_named(
     preflight = await opened.client.options(CHAT, headers=ask)
     assert preflight.status_code == 200, "a browser sends no key with it"
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+    refused = await opened.client.post(CHAT, json=chat(), headers={"origin": "https://a.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
     other = await opened.client.options(CHAT, headers={**ask, "origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
 

@@ -21,7 +21,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from forepage.errors import AuthenticationError, RateLimitError
-from forepage.gateway.http_errors import error_response
 from forepage.gateway.request_scope import request_scope
 from forepage.settings import SettingsError
 
@@ -92,18 +91,13 @@ class KeyMiddleware:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. Raises: RateLimitError with the seconds to wait."""
+        """ASGI. Raises: AuthenticationError, RateLimitError with the seconds to wait."""
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
         key = self._key_of(Headers(scope=scope))
         if key is None:
-            error = AuthenticationError("show an API key of this server: `Authorization: Bearer fp-...`")
-            ours = request_scope(scope)
-            ours.error = error
-            challenge = {"www-authenticate": "Bearer"}
-            await error_response(error, ours.request_id, challenge)(scope, receive, send)
-            return
+            raise AuthenticationError("show an API key of this server: `Authorization: Bearer fp-...`")
         request_scope(scope).tenant = key.tenant
         if scope["method"] != "POST":
             await self._app(scope, receive, send)

@@ -72,7 +72,8 @@ def create_app(
     )
     if settings.api_keys is not None:
         app.add_middleware(KeyMiddleware, keys=read_keys(settings.api_keys))
-    if settings.cors_origins:
+    app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)
+    if settings.cors_origins:  # the last added is the outermost: a page may read errors, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
@@ -80,7 +81,6 @@ def create_app(
             allow_headers=["authorization", "content-type", REQUEST_ID_HEADER],
             expose_headers=[REQUEST_ID_HEADER, "retry-after"],
         )
-    app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)  # the last added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _unrouted)
     return app

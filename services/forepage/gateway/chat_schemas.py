@@ -29,33 +29,35 @@ def _known_choice(value: Any) -> Any:
 class TextPart(Fields):
     """A part of a message's content; only text."""
 
-    type: Literal["text"]
-    text: Text
+    type: Literal["text"] = Field(description="text is all that is taken")
+    text: Text = Field(description="parts are joined by empty lines")
 
 
 class FunctionCallFields(Fields):
     """What was called; `arguments` is a JSON object as text."""
 
-    name: str = Field(pattern=FUNCTION_NAME)
-    arguments: Text
+    name: str = Field(pattern=FUNCTION_NAME, description="which function was called")
+    arguments: Text = Field(description="a JSON object as text")
 
 
 class ToolCallFields(Fields):
     """A call of an assistant."""
 
-    id: Text = Field(min_length=1, max_length=256)
-    type: Literal["function"] | None = None
-    function: FunctionCallFields
+    id: Text = Field(min_length=1, max_length=256, description="its result comes with the same tool_call_id")
+    type: Literal["function"] | None = Field(None, description="functions are all that is called")
+    function: FunctionCallFields = Field(description="what was called, with what")
 
 
 class ChatMessageFields(Fields):
     """A message; what goes with which role is checked in `conversation`."""
 
-    role: str
-    content: Text | list[TextPart] | None = None
-    reasoning_content: Text | None = None
-    tool_calls: list[ToolCallFields] | None = None
-    tool_call_id: Text | None = None
+    role: str = Field(description="system, user, assistant, tool, developer or latest_reminder")
+    content: Text | list[TextPart] | None = Field(
+        None, description="what was said; null only for an assistant that calls tools"
+    )
+    reasoning_content: Text | None = Field(None, description="assistant: the reasoning that came with it")
+    tool_calls: list[ToolCallFields] | None = Field(None, description="assistant: the calls that it made")
+    tool_call_id: Text | None = Field(None, description="tool: which call this is the result of")
     task: Annotated[Task, Field(strict=False)] | None = Field(
         None, description="extension: a short auxiliary answer; only with the last message"
     )
@@ -75,9 +77,9 @@ class FunctionFields(Fields):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field(pattern=FUNCTION_NAME)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    name: str = Field(pattern=FUNCTION_NAME, description="what the model calls it by")
+    description: str | None = Field(None, description="tells the model when and how to call it")
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments; none without")
     _as_sent: dict[str, Any]
 
     @property
@@ -100,21 +102,21 @@ class FunctionFields(Fields):
 class ToolFields(Fields):
     """A tool; only functions."""
 
-    type: Literal["function"]
-    function: FunctionFields
+    type: Literal["function"] = Field(description="functions are all that is taken")
+    function: FunctionFields = Field(description="what may be called")
 
 
 class NamedFunction(Fields):
     """Which function."""
 
-    name: str = Field(pattern=FUNCTION_NAME)
+    name: str = Field(pattern=FUNCTION_NAME, description="one of the request's tools")
 
 
 class NamedTool(Fields):
     """The one tool that must be called (`tool_choice`)."""
 
-    type: Literal["function"]
-    function: NamedFunction
+    type: Literal["function"] = Field(description="functions are all that is called")
+    function: NamedFunction = Field(description="which one")
 
 
 class ChatTemplateFields(Fields):
@@ -131,29 +133,29 @@ class ChatTemplateFields(Fields):
 class PlainFormat(Fields):
     """Any text."""
 
-    type: Literal["text"]
+    type: Literal["text"] = Field(description="any text")
 
 
 class JsonFormat(Fields):
     """A JSON object, whatever its shape."""
 
-    type: Literal["json_object"]
+    type: Literal["json_object"] = Field(description="a JSON object")
 
 
 class NamedSchema(Fields):
     """OpenAI's wrapping of a schema; the answer always keeps to it, `strict` or not."""
 
-    name: str = Field(pattern=FUNCTION_NAME)
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
+    name: str = Field(pattern=FUNCTION_NAME, description="not shown to the model")
+    description: str | None = Field(None, description="not shown to the model")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON schema that the answer keeps to")
+    strict: bool | None = Field(None, description="kept to either way")
 
 
 class SchemaFormat(Fields):
     """JSON of a schema."""
 
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
+    type: Literal["json_schema"] = Field(description="JSON of a schema")
+    json_schema: NamedSchema = Field(description="which schema")
 
 
 class ChatBody(GenerationBody):
@@ -161,22 +163,34 @@ class ChatBody(GenerationBody):
 
     prompt_field: ClassVar[str] = "messages"
 
-    messages: list[ChatMessageFields] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)] | None = None
+    messages: list[ChatMessageFields] = Field(min_length=1, description="the conversation, oldest first")
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="the newer name of max_tokens; it wins"
+    )
+    logprobs: bool | None = Field(None, description="show each token's log-probability")
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="alternatives to show with each, if logprobs is true",
+    )
+    tools: Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="what the answer may call"
+    )
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | NamedTool | None, BeforeValidator(_known_choice)
-    ] = None
+    ] = Field(None, description="whether it must; auto unless said")
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
-    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="whether to think before the answer, and how hard; none unless said"
+    )
     chat_template_kwargs: ChatTemplateFields | None = Field(
         None, description="extension, as in vLLM and SGLang"
     )
     functions: Off = None
     response_format: Annotated[
-        PlainFormat | JsonFormat | SchemaFormat | None, Field(discriminator="type")
+        PlainFormat | JsonFormat | SchemaFormat | None,
+        Field(discriminator="type", description="what the answer must be, token by token; text unless said"),
     ] = None
 
     @property

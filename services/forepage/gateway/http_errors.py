@@ -1,4 +1,4 @@
-"""Errors as HTTP: OpenAI's shape {"error": {message, type, param, code}}, the request's id, and Retry-After.
+"""Errors as HTTP: OpenAI's {"error": {message, type, param, code}} and our request_id, and Retry-After.
 
 Every error of ours leaves through `error_response`, or through `error_body` inside a running stream.
 No message repeats what a client sent: bodies are prompts.
@@ -52,7 +52,7 @@ class ClientGoneError(ForepageError):
 
 
 def error_body(error: ForepageError, request_id: str) -> dict[str, dict[str, str | None]]:
-    """OpenAI's JSON for an error, with what to look for in logs and traces."""
+    """OpenAI's JSON for an error, and the id by which logs and traces know the request."""
     return {
         "error": {
             "message": error.message,
@@ -69,6 +69,8 @@ def error_response(
 ) -> JSONResponse:
     """The whole answer; errors that pass by themselves say when to come back."""
     sent = dict(headers or {})
+    if isinstance(error, AuthenticationError):
+        sent["www-authenticate"] = "Bearer"
     if isinstance(error, CapacityError | DependencyError):
         sent["retry-after"] = str(max(1, math.ceil(error.retry_after_s or DEFAULT_RETRY_AFTER_S)))
     return JSONResponse(error_body(error, request_id), error.http_status, sent)

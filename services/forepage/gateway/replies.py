@@ -128,13 +128,13 @@ class Completion(ReplyHead):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` names the field, `request_id` is the one of the `x-request-id` header."""
+    """What went wrong, and what to do about it."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str
-    request_id: str
+    message: str = Field(description="one sentence for people; never quotes the request")
+    type: str = Field(description="OpenAI's kind of error")
+    param: str | None = Field(description="the field that is wrong, such as messages[2].tool_call_id")
+    code: str = Field(description="one word for programs, such as context_length_exceeded")
+    request_id: str = Field(description="as in the header x-request-id: logs and traces have it too")
 
 
 class ErrorReply(BaseModel):

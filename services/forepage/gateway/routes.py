@@ -1,20 +1,21 @@
 """The endpoints: bodies in, answers out; what happens between is in `start` and `answering`."""
 
 import time
-from typing import Any
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 from opentelemetry.trace import Span, SpanKind
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from forepage.errors import RequestError
+from forepage.errors import RequestError, UnknownModelError
 from forepage.gateway.admission import Admission
 from forepage.gateway.answering import AnswerStream, all_or_first_error, usage_of, while_connected
 from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.generation import Generation
 from forepage.gateway.http_errors import RouteError
-from forepage.gateway.replies import ChatCompletion, Completion, ErrorReply, ModelCard, ModelList
+from forepage.gateway.openapi import KEYED, TOKENIZER_ERRORS, errors, every, generated
+from forepage.gateway.replies import ChatCompletion, Completion, ModelCard, ModelList
 from forepage.gateway.request_scope import RequestScope, request_scope
 from forepage.gateway.schemas import GenerationBody, TextBody
 from forepage.gateway.shapes import AnswerShape, ChatShape, TextShape
@@ -30,54 +31,65 @@ OPERATIONS = {CHAT_PATH: "chat", TEXT_PATH: "text_completion"}
 TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
 TOKENIZER_PATHS = frozenset({TOKENIZE_PATH, DETOKENIZE_PATH})
 
-_EVENTS = {"schema": {"type": "string", "description": "with stream: true, events of chunks, then [DONE]"}}
-_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorReply}, "5XX": {"model": ErrorReply}}
-
-
-def _answers(model: type[Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"model": model, "content": {"text/event-stream": _EVENTS}}, **_ERRORS}
+REFUSED = {
+    "/v1/responses": "the Responses API is not served here: use /v1/chat/completions",
+    "/v1/embeddings": "no model here makes embeddings: ask a server of an embedding model",
+}
+"""What OpenAI's clients may ask and nobody answers, with what to do."""
+_NOT_READY = {"model": dict[str, str], "description": "draining, or no worker"}
+_METRICS = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 
 def make_router(starter: Starter, admission: Admission) -> APIRouter:
     """Every route, over one starter and its admission."""
-    router = APIRouter()
+    router = APIRouter(responses=every())
     started = int(time.time())
 
-    @router.post(CHAT_PATH, response_model=None, responses=_answers(ChatCompletion))
+    @router.post(CHAT_PATH, response_model=None, responses=generated(ChatCompletion), dependencies=KEYED)
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answer a conversation."""
         return await _answer(starter, request, body, ChatShape)
 
-    @router.post(TEXT_PATH, response_model=None, responses=_answers(Completion))
+    @router.post(TEXT_PATH, response_model=None, responses=generated(Completion), dependencies=KEYED)
     async def completions(request: Request, body: TextBody) -> Response:
         """Continue a text or token ids."""
         return await _answer(starter, request, body, TextShape)
 
-    @router.post("/v1/responses", include_in_schema=False)
-    async def responses() -> Response:
+    async def refuse(request: Request) -> Response:
         """Not there; says what is."""
-        raise RouteError("the Responses API is not served here: use /v1/chat/completions")
+        raise RouteError(REFUSED[request.url.path])
 
-    @router.post(TOKENIZE_PATH, responses=_ERRORS)
+    for path in REFUSED:
+        router.add_api_route(path, refuse, methods=["POST"], include_in_schema=False)
+
+    @router.post(TOKENIZE_PATH, responses=errors(*TOKENIZER_ERRORS), dependencies=KEYED)
     async def tokenize(body: TokenizeBody) -> Tokens:
         """Token ids of a text."""
         return await starter.tokenize(body)
 
-    @router.post(DETOKENIZE_PATH, responses=_ERRORS)
+    @router.post(DETOKENIZE_PATH, responses=errors(*TOKENIZER_ERRORS), dependencies=KEYED)
     async def detokenize(body: DetokenizeBody) -> Detokenized:
         """The text of token ids."""
         return await starter.detokenize(body)
 
-    @router.get("/v1/models")
+    def cards() -> list[ModelCard]:
+        return [
+            ModelCard(id=item.model_name, created=started, max_model_len=item.max_context_tokens)
+            for item in starter.directory.models()
+        ]
+
+    @router.get("/v1/models", responses=errors(401), dependencies=KEYED)
     async def models() -> ModelList:
         """The models that some worker serves."""
-        served = starter.directory.models()
-        return ModelList(
-            data=[
-                ModelCard(id=item.model_name, created=started, max_model_len=item.max_context_tokens)
-                for item in served
-            ]
-        )
+        return ModelList(data=cards())
+
+    @router.get("/v1/models/{model:path}", responses=errors(401, 404), dependencies=KEYED)
+    async def model_card(model: Annotated[str, Path(description="its name, slashes and all")]) -> ModelCard:
+        """One of them."""
+        found = [card for card in cards() if card.id == model]
+        if not found:
+            raise UnknownModelError("no worker serves this model: /v1/models lists those there are", "model")
+        return found[0]
 
     @router.get("/health/live")
     async def live() -> dict[str, str]:
@@ -94,13 +106,13 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
         """This process answers, by the name that hosting platforms probe."""
         return {"status": "live"}
 
-    @router.get("/load")
+    @router.get("/load", responses=errors(401), dependencies=KEYED)
     async def load() -> dict[str, int]:
         """Generations that this gateway runs now, and the most that it takes."""
         return {"running": admission.running, "max_running": admission.max_running}
 
-    @router.get("/health/ready", responses={503: {"description": "draining, or no worker"}})
-    async def ready() -> JSONResponse:
+    @router.get("/health/ready", response_model=dict[str, str], responses={503: _NOT_READY})
+    async def ready() -> Response:
         """Whether requests are taken: a worker can be reached, and we are not draining."""
         if admission.draining:
             return JSONResponse({"status": "draining"}, 503)
@@ -108,7 +120,7 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
             return JSONResponse({"status": "no_worker"}, 503)
         return JSONResponse({"status": "ready"})
 
-    @router.get("/metrics", response_class=Response)
+    @router.get("/metrics", response_class=Response, responses={200: _METRICS})
     async def metrics() -> Response:
         """Prometheus text."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -18,7 +18,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKENS = 64
-INT32_MAX = 2**31 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
 def _off(value: Any) -> Any:
@@ -45,6 +45,7 @@ def encodable(value: str) -> str:
 Off = Annotated[Any, AfterValidator(_off), Field(description="refused unless it asks for nothing")]
 TokenId = Annotated[int, Field(ge=0)]
 Text = Annotated[str, AfterValidator(encodable)]
+ModelName = Annotated[Text, Field(min_length=1, max_length=256, description="one of GET /v1/models")]
 StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -59,9 +60,18 @@ class ResidencyFields(Fields):
 
     model_config = ConfigDict(extra="forbid")
 
-    mode: Annotated[ResidencyMode, Field(strict=False)] | None = None
-    min_recall: float | None = Field(None, ge=0.0, le=1.0)
-    budget_blocks: int | None = Field(None, ge=1, le=INT32_MAX)
+    mode: Annotated[ResidencyMode, Field(strict=False)] | None = Field(
+        None, description="how its KV is paged; the server's default unless said"
+    )
+    min_recall: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="guarded: an audited step that recalls less evidence is a miss",
+    )
+    budget_blocks: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="blocks chosen by score that may be resident"
+    )
     plan_source: Annotated[PlanSource, Field(strict=False)] | None = Field(
         None, description="for measuring: a baseline that keeps as many blocks as the memory indexer would"
     )
@@ -73,7 +83,7 @@ class ResidencyFields(Fields):
 class StreamOptions(Fields):
     """What a stream carries besides text."""
 
-    include_usage: bool | None = None
+    include_usage: bool | None = Field(None, description="a last chunk, without choices, carries `usage`")
 
 
 class GenerationBody(Fields, ABC):
@@ -81,37 +91,56 @@ class GenerationBody(Fields, ABC):
 
     prompt_field: ClassVar[str]
 
-    model: Text = Field(min_length=1, max_length=256)
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    temperature: float | None = Field(None, ge=0.0, le=2.0)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 or -1: off")
-    min_p: float | None = Field(None, ge=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    model: ModelName
+    max_tokens: int | None = Field(
+        None, ge=1, le=INT32_MAX, description="the most tokens an answer may have, reasoning included"
+    )
+    temperature: float | None = Field(
+        None, ge=0.0, le=2.0, description="0: always the likeliest token; 1 unless said"
+    )
+    top_p: float | None = Field(
+        None, gt=0.0, le=1.0, description="draw from the likeliest tokens that together have this probability"
+    )
+    top_k: int | None = Field(
+        None, ge=-1, le=INT32_MAX, description="extension: draw from so many likeliest tokens; 0 or -1: all"
+    )
+    min_p: float | None = Field(
+        None, ge=0.0, le=1.0, description="extension: draw from tokens this likely relative to the likeliest"
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**64 - 1, description="equal requests with equal seeds draw equal tokens"
+    )
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="texts that end the answer, and are left out of it"
+    )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
         None, description="extension, as in vLLM: any of these ends the answer, its text is left out"
     )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    user: Any = None
-    timeout_s: float | None = Field(
-        None, gt=0.0, description="extension: the whole request ends by then, with 504 if it isn't done"
-    )
+    stream: bool | None = Field(None, description="answer in server-sent events, as it is made")
+    stream_options: StreamOptions | None = Field(None, description="only with stream: true")
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers wanted; 1 unless said")
+    user: Any = Field(None, description="not looked at")
     priority: int | None = Field(
         None,
-        ge=-INT32_MAX,
+        ge=INT32_MIN,
         le=INT32_MAX,
-        description="extension, as in vLLM: of the requests that wait for memory the lowest is first; 0",
+        description="extension, as in vLLM: of the requests that wait for room on a worker, the lowest goes "
+        "first, then the oldest; 0 unless said. Running ones are not stopped for it",
+    )
+    timeout_s: float | None = Field(
+        None, gt=0.0, description="extension: the whole request ends by then, with 504 if it isn't done"
     )
     ignore_eos: bool | None = Field(None, description="extension: go on to max_tokens")
     forepage: ResidencyFields | None = Field(None, description="extension: residency of this request")
     cache_salt: Text | None = Field(
         None, max_length=256, description="extension: prefixes are shared only between equal salts"
     )
-    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
-    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(
+        None, ge=-2.0, le=2.0, description="taken from a token's logit each time the answer has had it"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2.0, le=2.0, description="taken from a token's logit once the answer has had it"
+    )
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100.0, description="extension, as in vLLM: over prompt and answer"
     )
@@ -143,8 +172,12 @@ class TextBody(GenerationBody):
 
     prompt_field: ClassVar[str] = "prompt"
 
-    prompt: Annotated[Text | list[TokenId], Field(min_length=1), BeforeValidator(_one_prompt)]
-    best_of: Literal[1] | None = None
+    prompt: Annotated[
+        Text | list[TokenId],
+        Field(min_length=1, description="one text, or one list of token ids below the vocabulary's size"),
+        BeforeValidator(_one_prompt),
+    ]
+    best_of: Literal[1] | None = Field(None, description="only 1: use n")
     echo: Off = None
     suffix: Off = None
     logprobs: int | None = Field(

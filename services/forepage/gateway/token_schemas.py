@@ -4,21 +4,21 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from forepage.gateway.schemas import Fields, Off, Text, TokenId
+from forepage.gateway.schemas import Fields, ModelName, Off, Text, TokenId
 
 
 class TokenizeBody(Fields):
     """POST /tokenize"""
 
-    model: Text = Field(min_length=1, max_length=256)
-    prompt: Text
+    model: ModelName
+    prompt: Text = Field(description="may be longer than the model's context")
     messages: Off = None
 
 
 class DetokenizeBody(Fields):
     """POST /detokenize"""
 
-    model: Text = Field(min_length=1, max_length=256)
+    model: ModelName
     tokens: Annotated[list[TokenId], Field(description="each below the model's vocabulary size")]
 
 
