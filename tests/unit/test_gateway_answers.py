@@ -101,6 +101,19 @@ async def test_every_field_reaches_the_worker(start_worker: StartWorker, open_ga
     assert asked.ignore_eos
 
 
+async def test_whole_numbers_may_be_written_as_fractions_and_none_is_rounded_to_off(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    worker = await start_worker()
+    gateway = await open_gateway(worker)
+    body = chat(max_tokens=5.0, top_k=7.0, n=1.0, priority=-3.0, seed=2.0, top_p=1e-320)
+    assert (await gateway.client.post("/v1/chat/completions", json=body)).status_code == 200
+    asked = worker.requests[0]
+    assert (asked.sampling.max_tokens, asked.sampling.top_k, asked.sampling.seed) == (5, 7, 2)
+    assert asked.priority == -3
+    assert 0 < asked.sampling.top_p < 1e-37
+
+
 async def test_defaults_are_neutral_and_the_seed_random(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:

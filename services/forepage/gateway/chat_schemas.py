@@ -10,9 +10,20 @@ from pydantic import (
     model_validator,
 )
 
-from forepage.gateway.schemas import INT32_MAX, MAX_TOP_LOGPROBS, Fields, GenerationBody, Off, Text, encodable
+from forepage.gateway.schemas import (
+    EXAMPLE_MODEL,
+    INT32_MAX,
+    MAX_TOP_LOGPROBS,
+    WHOLE,
+    Fields,
+    GenerationBody,
+    Off,
+    Text,
+    encodable,
+    example_of,
+)
 from forepage.text.dsml import to_json
-from forepage.text.messages import Task
+from forepage.text.messages import Role, Task
 
 MAX_TOOLS = 1024
 FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
@@ -51,7 +62,7 @@ class ToolCallFields(Fields):
 class ChatMessageFields(Fields):
     """A message; what goes with which role is checked in `conversation`."""
 
-    role: str = Field(description="system, user, assistant, tool, developer or latest_reminder")
+    role: Annotated[Role, Field(strict=False, description="who speaks")]
     content: Text | list[TextPart] | None = Field(
         None, description="what was said; null only for an assistant that calls tools"
     )
@@ -161,17 +172,18 @@ class SchemaFormat(Fields):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
+    model_config = example_of(
+        model=EXAMPLE_MODEL, messages=[{"role": "user", "content": "Where was it hidden?"}], max_tokens=64
+    )
     prompt_field: ClassVar[str] = "messages"
 
     messages: list[ChatMessageFields] = Field(min_length=1, description="the conversation, oldest first")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=INT32_MAX, description="the newer name of max_tokens; it wins"
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT32_MAX), WHOLE] | None = Field(
+        None, description="the newer name of max_tokens; it wins"
     )
     logprobs: bool | None = Field(None, description="show each token's log-probability")
-    top_logprobs: int | None = Field(
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
         None,
-        ge=0,
-        le=MAX_TOP_LOGPROBS,
         description="alternatives to show with each, if logprobs is true",
     )
     tools: Annotated[list[ToolFields], Field(max_length=MAX_TOOLS)] | None = Field(

@@ -50,9 +50,7 @@ def thinking_mode(body: ChatBody) -> ThinkingMode:
 
 
 def _message(item: ChatMessageFields, field: str) -> ChatMessage:
-    if item.role not in set(Role):
-        raise RequestError(f"this role is not supported; known are {', '.join(Role)}", f"{field}.role")
-    role = Role(item.role)
+    role = item.role
     if item.texts is None and role is not Role.ASSISTANT:
         raise RequestError("content must be text", f"{field}.content")
     if role is Role.TOOL and not item.tool_call_id:

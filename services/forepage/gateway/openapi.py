@@ -50,7 +50,17 @@ _REASONS = {
     504: "the deadline passed",
 }
 _RETRIED = (429, 503)
-_EVENTS = {"schema": {"type": "string", "description": "with stream: true, events of chunks, then [DONE]"}}
+_EVENT = {
+    "type": "object",
+    "description": "one event of the stream that `stream: true` gives",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "JSON: a piece of the answer, or an error, which is the last; else [DONE] is",
+        }
+    },
+}
 
 
 def errors(*statuses: int) -> Responses:
@@ -73,5 +83,5 @@ def every() -> Responses:
 
 def generated(model: type[Any]) -> Responses:
     """A generation: `model`, or events."""
-    whole = {"model": model, "content": {"text/event-stream": _EVENTS}, "headers": _REQUEST_ID}
+    whole = {"model": model, "content": {"text/event-stream": {"schema": _EVENT}}, "headers": _REQUEST_ID}
     return {200: whole, **errors(*GENERATION_ERRORS)}

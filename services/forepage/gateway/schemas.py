@@ -18,6 +18,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKENS = 64
+EXAMPLE_MODEL = "forepage-tiny"
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
@@ -25,6 +26,11 @@ def _off(value: Any) -> Any:
     if value:
         raise ValueError("not supported yet: leave it out")
     return value
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is 5, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _one_prompt(value: Any) -> Any:
@@ -42,7 +48,13 @@ def encodable(value: str) -> str:
     return value
 
 
+def example_of(**fields: Any) -> ConfigDict:
+    """Configuration of a body: a request that the documentation shows."""
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
 Off = Annotated[Any, AfterValidator(_off), Field(description="refused unless it asks for nothing")]
+WHOLE = BeforeValidator(_whole)
 TokenId = Annotated[int, Field(ge=0)]
 Text = Annotated[str, AfterValidator(encodable)]
 ModelName = Annotated[Text, Field(min_length=1, max_length=256, description="one of GET /v1/models")]
@@ -69,8 +81,8 @@ class ResidencyFields(Fields):
         le=1.0,
         description="guarded: an audited step that recalls less evidence is a miss",
     )
-    budget_blocks: int | None = Field(
-        None, ge=1, le=INT32_MAX, description="blocks chosen by score that may be resident"
+    budget_blocks: Annotated[int, Field(ge=1, le=INT32_MAX), WHOLE] | None = Field(
+        None, description="blocks chosen by score that may be resident"
     )
     plan_source: Annotated[PlanSource, Field(strict=False)] | None = Field(
         None, description="for measuring: a baseline that keeps as many blocks as the memory indexer would"
@@ -92,8 +104,8 @@ class GenerationBody(Fields, ABC):
     prompt_field: ClassVar[str]
 
     model: ModelName
-    max_tokens: int | None = Field(
-        None, ge=1, le=INT32_MAX, description="the most tokens an answer may have, reasoning included"
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX), WHOLE] | None = Field(
+        None, description="the most tokens an answer may have, reasoning included"
     )
     temperature: float | None = Field(
         None, ge=0.0, le=2.0, description="0: always the likeliest token; 1 unless said"
@@ -101,14 +113,14 @@ class GenerationBody(Fields, ABC):
     top_p: float | None = Field(
         None, gt=0.0, le=1.0, description="draw from the likeliest tokens that together have this probability"
     )
-    top_k: int | None = Field(
-        None, ge=-1, le=INT32_MAX, description="extension: draw from so many likeliest tokens; 0 or -1: all"
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = Field(
+        None, description="extension: draw from so many likeliest tokens; 0 or -1: all"
     )
     min_p: float | None = Field(
         None, ge=0.0, le=1.0, description="extension: draw from tokens this likely relative to the likeliest"
     )
-    seed: int | None = Field(
-        None, ge=-(2**63), le=2**64 - 1, description="equal requests with equal seeds draw equal tokens"
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), WHOLE] | None = Field(
+        None, description="equal requests with equal seeds draw equal tokens"
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = Field(
         None, description="texts that end the answer, and are left out of it"
@@ -118,12 +130,12 @@ class GenerationBody(Fields, ABC):
     )
     stream: bool | None = Field(None, description="answer in server-sent events, as it is made")
     stream_options: StreamOptions | None = Field(None, description="only with stream: true")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="answers wanted; 1 unless said")
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(
+        None, description="answers wanted; 1 unless said"
+    )
     user: Any = Field(None, description="not looked at")
-    priority: int | None = Field(
+    priority: Annotated[int, Field(ge=INT32_MIN, le=INT32_MAX), WHOLE] | None = Field(
         None,
-        ge=INT32_MIN,
-        le=INT32_MAX,
         description="extension, as in vLLM: of the requests that wait for room on a worker, the lowest goes "
         "first, then the oldest; 0 unless said. Running ones are not stopped for it",
     )
@@ -170,6 +182,7 @@ class GenerationBody(Fields, ABC):
 class TextBody(GenerationBody):
     """POST /v1/completions"""
 
+    model_config = example_of(model=EXAMPLE_MODEL, prompt="It was hidden", max_tokens=64)
     prompt_field: ClassVar[str] = "prompt"
 
     prompt: Annotated[
@@ -180,8 +193,8 @@ class TextBody(GenerationBody):
     best_of: Literal[1] | None = Field(None, description="only 1: use n")
     echo: Off = None
     suffix: Off = None
-    logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives to show with each token's"
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = Field(
+        None, description="alternatives to show with each token's"
     )
 
     @property

@@ -34,6 +34,8 @@ from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 
 MAX_WORKERS_TRIED = 2
+SMALLEST_F32 = 2.0**-126
+"""On the wire `top_p` has 32 bits; a smaller one would become 0, which is off."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ def _generate_request(
 ) -> pb.GenerateRequest:
     sampling = pb.Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_p=1.0 if body.top_p is None else max(SMALLEST_F32, body.top_p),
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,
         seed=seed,

@@ -4,12 +4,21 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from forepage.gateway.schemas import Fields, ModelName, Off, Text, TokenId
+from forepage.gateway.schemas import (
+    EXAMPLE_MODEL,
+    Fields,
+    ModelName,
+    Off,
+    Text,
+    TokenId,
+    example_of,
+)
 
 
 class TokenizeBody(Fields):
     """POST /tokenize"""
 
+    model_config = example_of(model=EXAMPLE_MODEL, prompt="It was hidden")
     model: ModelName
     prompt: Text = Field(description="may be longer than the model's context")
     messages: Off = None
@@ -18,6 +27,7 @@ class TokenizeBody(Fields):
 class DetokenizeBody(Fields):
     """POST /detokenize"""
 
+    model_config = example_of(model=EXAMPLE_MODEL, tokens=[73, 116])
     model: ModelName
     tokens: Annotated[list[TokenId], Field(description="each below the model's vocabulary size")]
 
