@@ -193,35 +193,6 @@ def test_stopping_frees_the_sequence(stack: Stack, pictures: Path) -> None:
         assert view.errors == []
 
 
-def test_a_server_that_wants_a_key_is_given_one_and_keeps_it_for_the_tab(
-    stack: Stack, pictures: Path
-) -> None:
-    refusal = '{"error": {"message": "no key", "code": "invalid_api_key", "type": "authentication_error"}}'
-    with opened("about:blank") as view:
-        page = view.page
-
-        def guard(route: Route) -> None:
-            if route.request.headers.get("authorization") == "Bearer secret":
-                route.continue_()
-            else:
-                route.fulfill(status=401, body=refusal, content_type="application/json")
-
-        page.route("**/dashboard/feed", guard)
-        page.goto(stack.url)
-        page.wait_for_selector("#key-form:not([hidden])")
-        assert page.inner_text("#status") == "key needed"
-        picture(view, pictures, "key-needed")
-        page.fill("#key", "wrong")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("text=The server does not know this API key.")
-        page.fill("#key", "secret")
-        page.keyboard.press("Enter")
-        wait_live(view)
-        assert page.is_hidden("#key-form")
-        page.reload()
-        wait_live(view)
-
-
 def test_a_question_too_long_says_what_the_model_takes(stack: Stack, pictures: Path) -> None:
     with opened(stack.url) as view:
         page = view.page

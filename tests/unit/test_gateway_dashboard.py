@@ -5,25 +5,16 @@ from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI, Request
 
-from forepage.errors import AuthenticationError
-from forepage.gateway.dashboard import FEED_PATH, FOLDER, MEDIA_TYPES, PASSAGES_PATH, make_dashboard
-from forepage.gateway.request_scope import RequestScopeMiddleware
-from forepage.gateway.residency_feed import ResidencyFeed
-from forepage.gateway.start import Starter
-from forepage.settings import SEEDED_MODEL, GatewaySettings
-from forepage.text.tokenizer import Tokenizer
-from forepage.text.wording import Wording
+from forepage.gateway.api_keys import new_key
+from forepage.gateway.dashboard import FEED_PATH, FILES, FOLDER, MEDIA_TYPES, PASSAGES_PATH
 from rigs.fake_worker import StartWorker
 from rigs.gateways import OpenedGateway, OpenGateway, chat
 
-FILES = sorted(path for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES)
 VOID = {"meta", "link", "img", "input", "br"}
-SCRIPTS = [path for path in FILES if path.suffix == ".js"]
+SCRIPTS = [path for path in FILES.values() if path.suffix == ".js"]
 
 
 class Tags(HTMLParser):
@@ -70,7 +61,7 @@ async def test_the_page_and_everything_it_names_is_served(gateway: OpenedGateway
     for script in SCRIPTS:
         named |= {f"/dashboard/{file}" for file in re.findall(r'from "\./([\w.]+)"', script.read_text())}
     assert {path.rpartition("/")[2] for path in named} == {
-        "" if path.suffix == ".html" else path.name for path in FILES
+        "" if path.suffix == ".html" else path.name for path in FILES.values()
     }
     for path in named:
         reply = await gateway.client.get(path)
@@ -97,7 +88,7 @@ def test_the_page_runs_nothing_inline() -> None:
     assert not {name for name in attributes if name.startswith("on") or name == "style"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES.values(), ids=lambda path: path.name)
 def test_a_file_needs_nothing_from_elsewhere_and_makes_no_markup_of_texts(path: Path) -> None:
     text = path.read_text().replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace("// ", ""))
@@ -132,26 +123,26 @@ async def test_the_page_can_be_turned_off(start_worker: StartWorker, open_gatewa
     assert (await gateway.client.post(PASSAGES_PATH, json=chat())).status_code == 404
 
 
-async def test_what_it_shows_passes_through_access_and_its_files_do_not(gateway: OpenedGateway) -> None:
-    async def nobody(request: Request) -> None:
-        if request.headers.get("authorization") != "Bearer right":
-            raise AuthenticationError("this server needs an API key")
-
-    tokenizer, wording = Tokenizer.load(SEEDED_MODEL), Wording.load(SEEDED_MODEL)
-    starter = Starter(GatewaySettings(), tokenizer, wording, gateway.directory, gateway.telemetry)
-    feed = ResidencyFeed(gateway.directory, is_closed=lambda: True)
-    app = FastAPI()
-    app.include_router(make_dashboard(feed, starter, access=nobody))
-    app.add_middleware(RequestScopeMiddleware, telemetry=gateway.telemetry)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
-        for reply in (await client.get(FEED_PATH), await client.post(PASSAGES_PATH, json=chat())):
-            assert reply.status_code == 401
-            assert reply.json()["error"]["code"] == "invalid_api_key"
-        key = {"authorization": "Bearer right"}
-        assert (await client.post(PASSAGES_PATH, json=chat(), headers=key)).status_code == 200
-        assert (await client.get(FEED_PATH, headers=key)).status_code == 200
-        assert (await client.get("/")).status_code == 200
+async def test_with_keys_the_files_are_open_and_what_they_show_is_not(
+    start_worker: StartWorker, open_gateway: OpenGateway, tmp_path: Path
+) -> None:
+    key, kept = new_key("ours")
+    path = tmp_path / "keys"
+    path.write_text(kept.model_dump_json())
+    gateway = await open_gateway(await start_worker(), api_keys=path)
+    for url in FILES:
+        assert (await gateway.client.get(url)).status_code == 200
+    for reply in (
+        await gateway.client.get(FEED_PATH),
+        await gateway.client.post(PASSAGES_PATH, json=chat()),
+        await gateway.client.get("/dashboard/nothing.js"),
+    ):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert reply.headers["www-authenticate"] == "Bearer"
+    shown = {"authorization": f"Bearer {key}"}
+    assert (await gateway.client.post(PASSAGES_PATH, json=chat(), headers=shown)).status_code == 200
+    gateway.admission.close()  # a feed that is closed ends at once
+    assert (await gateway.client.get(FEED_PATH, headers=shown)).status_code == 200
 
 
 async def test_passages_answers_errors_in_our_shape_and_within_the_bound(

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from forepage.__main__ import app
 from forepage.gateway.api_keys import KEY_PREFIX, ApiKey, new_key, read_keys
+from forepage.gateway.residency_feed import live_worker
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import SettingsError
 from rigs.fake_worker import StartWorker, answer
@@ -48,13 +49,11 @@ async def test_a_key_opens_and_nothing_else_does(
             await gateway.client.get("/v1/models", headers=headers),
             await gateway.client.post("/tokenize", json={"prompt": "x"}, headers=headers),
             await gateway.client.get("/openapi.json", headers=headers),
-            await gateway.client.get("/", headers=headers),
         ):
             assert reply.status_code == 401
             assert reply.json()["error"]["code"] == "invalid_api_key"
             assert reply.headers["www-authenticate"] == "Bearer"
     assert (await gateway.client.post(CHAT, json=chat(), headers=bearer(key))).status_code == 200
-    assert (await gateway.client.get("/", headers=bearer(key))).status_code == 404, "no page with keys"
     for path in ("/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics"):
         assert (await gateway.client.get(path)).status_code == 200, "probes have none"
 
@@ -124,6 +123,29 @@ async def test_tenants_never_share_a_prefix(
     assert all(len(found) == 4 for found in salts.values()), "a tenant's own salts differ"
     assert not salts["a"] & salts["b"]
     assert not salts["none"] & (salts["a"] | salts["b"])
+
+
+async def test_a_tenant_watches_its_own_sequences_alone(
+    start_worker: StartWorker, open_gateway: OpenGateway, tmp_path: Path
+) -> None:
+    """Ids of sequences say whose they are, so it holds for those that another gateway started, too."""
+    worker = await start_worker()
+    (key_a, kept_a), (key_b, kept_b) = new_key("a", tenant="a"), new_key("b", tenant="b")
+    gateway = await open_gateway(worker, api_keys=key_file(tmp_path, kept_a, kept_b))
+    for key in (key_a, key_b, key_a):
+        assert (await gateway.client.post(CHAT, json=chat(n=2), headers=bearer(key))).status_code == 200
+    ids = [request.request_id for request in worker.requests]
+    assert len({one[:8] for one in ids}) == 6, "what people read of them differs"
+    assert {len(one) for one in ids} == {32}
+    frame = pb.WatchFrame(sequences=[pb.WatchedSequence(request_id=one) for one in ids])
+
+    def seen_by(tenant: str | None) -> list[str]:
+        return [one["request_id"] for one in live_worker(frame, tenant)["sequences"]]
+
+    assert seen_by("a") == [*ids[:2], *ids[4:]]
+    assert seen_by("b") == ids[2:4]
+    assert seen_by("") == []
+    assert seen_by(None) == ids, "without keys there are no tenants"
 
 
 async def test_a_web_page_may_ask_only_if_its_origin_is_named(

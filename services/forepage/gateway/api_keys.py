@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,17 +82,18 @@ def read_keys(path: Path) -> dict[str, ApiKey]:
 
 
 class KeyMiddleware:
-    """Lets through who shows a key and keeps within its limits; everything but OPEN_PATHS asks for one."""
+    """Lets through who shows a key and keeps within its limits; everything but `open_paths` asks for one."""
 
-    def __init__(self, app: ASGIApp, keys: Mapping[str, ApiKey]) -> None:
+    def __init__(self, app: ASGIApp, keys: Mapping[str, ApiKey], open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = frozenset(open_paths)
         self._running: Counter[str] = Counter()
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI. Raises: AuthenticationError, RateLimitError with the seconds to wait."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         key = self._key_of(Headers(scope=scope))

@@ -23,8 +23,8 @@ from forepage.errors import DependencyError, ForepageError, RequestError
 from forepage.exposure import warn_if_open
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
-from forepage.gateway.api_keys import KeyMiddleware, read_keys
-from forepage.gateway.dashboard import PASSAGES_PATH, make_dashboard
+from forepage.gateway.api_keys import OPEN_PATHS, KeyMiddleware, read_keys
+from forepage.gateway.dashboard import FILES, PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
 from forepage.gateway.redis_workers import RedisWorkers
 from forepage.gateway.request_scope import REQUEST_ID_HEADER, RequestScopeMiddleware, request_scope
@@ -59,7 +59,9 @@ def create_app(
     app = FastAPI(title="forepage", version=release_version(), docs_url=None, redoc_url=None)
     starter = Starter(settings, tokenizer, wording, directory, telemetry)
     app.include_router(make_router(starter, admission))
-    if settings.dashboard and settings.api_keys is None:  # a page has no key to show
+    open_paths = OPEN_PATHS
+    if settings.dashboard:
+        open_paths |= FILES.keys()  # what the page shows needs a key, the page itself asks for it
         feed = ResidencyFeed(directory, is_closed=lambda: admission.draining)
         app.include_router(make_dashboard(feed, starter))
     app.add_middleware(
@@ -71,7 +73,7 @@ def create_app(
         telemetry=telemetry,
     )
     if settings.api_keys is not None:
-        app.add_middleware(KeyMiddleware, keys=read_keys(settings.api_keys))
+        app.add_middleware(KeyMiddleware, keys=read_keys(settings.api_keys), open_paths=open_paths)
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)
     if settings.cors_origins:  # the last added is the outermost: a page may read errors, too
         app.add_middleware(

@@ -11,6 +11,7 @@ from typing import Any
 
 from forepage.errors import DeadlineError, ForepageError, RateLimitError
 from forepage.gateway.residency_usage import plain_words
+from forepage.gateway.tenancy import may_watch
 from forepage.gateway.worker_client import WorkerClient
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO
@@ -38,8 +39,8 @@ class ResidencyFeed:
         self._num_readers = 0
         self._watching: asyncio.Task[None] | None = None
 
-    async def frames(self) -> AsyncGenerator[Frame]:
-        """Snapshots as they change, the first at once, until closed.
+    async def frames(self, tenant: str | None = None) -> AsyncGenerator[Frame]:
+        """Snapshots as they change, the first at once, until closed; of sequences only the tenant's own.
 
         Raises: RateLimitError for one reader too many.
         """
@@ -50,7 +51,7 @@ class ResidencyFeed:
                     self._watching.result()  # it goes on for ever: this raises what broke it
                 if seen != self._version:
                     seen = self._version
-                    yield self._frame()
+                    yield self._frame(tenant)
                 await asyncio.sleep(FRAME_S)
 
     @property
@@ -110,10 +111,10 @@ class ResidencyFeed:
         self._newest[address] = newest
         self._version += 1
 
-    def _frame(self) -> Frame:
+    def _frame(self, tenant: str | None) -> Frame:
         listed = self._directory.listed()
         workers = [
-            _lost(worker, newest) if isinstance(newest, ForepageError) else live_worker(newest)
+            _lost(worker, newest) if isinstance(newest, ForepageError) else live_worker(newest, tenant)
             for worker in listed
             if (newest := self._newest.get(worker.address)) is not None
         ]
@@ -133,9 +134,10 @@ def _lost(worker: WorkerClient, error: ForepageError) -> Frame:
     }
 
 
-def live_worker(frame: pb.WatchFrame) -> Frame:
-    """One worker's snapshot as the page gets it: fields by their names, the bitmap in base64."""
-    return {**plain_words(frame.worker), "lost": None, "sequences": [_view(one) for one in frame.sequences]}
+def live_worker(frame: pb.WatchFrame, tenant: str | None = None) -> Frame:
+    """One worker's snapshot as a tenant's page gets it: fields by their names, the bitmap in base64."""
+    views = [_view(one) for one in frame.sequences if may_watch(tenant, one.request_id)]
+    return {**plain_words(frame.worker), "lost": None, "sequences": views}
 
 
 def _view(sequence: pb.WatchedSequence) -> Frame:

@@ -4,7 +4,6 @@ Everything a client can do wrong is found before a worker hears of it.
 """
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from forepage.gateway.residency_usage import residency_wish
 from forepage.gateway.resuming import Resumer, ResumingStream, started_of
 from forepage.gateway.routing import rank_workers
 from forepage.gateway.schemas import GenerationBody, TextBody
+from forepage.gateway.tenancy import new_request_id, salt_of
 from forepage.gateway.token_schemas import DetokenizeBody, Detokenized, TokenizeBody, Tokens
 from forepage.gateway.worker_client import WorkerClient
 from forepage.gateway.worker_directory import WorkerDirectory
@@ -65,12 +65,18 @@ class Starter:
         max_tokens = _answer_room(body, len(prompt_ids), limit, self.settings.default_max_tokens)
         needed = len(prompt_ids) + max_tokens
         by_id = {worker.load.worker_id: worker for worker in workers if _context_of(worker) >= needed}
-        salt = _salt_of(tenant, body.cache_salt or "")
+        salt = salt_of(tenant, body.cache_salt or "")
         ranked = rank_workers(prompt_ids, salt, [item.load for item in by_id.values()])
         seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [
             _generate_request(
-                body, prompt_ids, max_tokens, self.tokenizer, seed=(seed + index) % 2**64, salt=salt
+                body,
+                prompt_ids,
+                max_tokens,
+                self.tokenizer,
+                request_id=new_request_id(tenant),
+                seed=(seed + index) % 2**64,
+                salt=salt,
             )
             for index in range(body.num_choices)
         ]
@@ -227,17 +233,13 @@ def _answer_room(body: GenerationBody, prompt_tokens: int, limit: int, default: 
     return wanted or min(default, room)
 
 
-def _salt_of(tenant: str | None, asked: str) -> str:
-    """What prefixes are shared by. No two tenants have one in common, whatever they ask for."""
-    return asked if tenant is None else json.dumps([tenant, asked])
-
-
 def _generate_request(
     body: GenerationBody,
     prompt_ids: Sequence[int],
     max_tokens: int,
     tokenizer: Tokenizer,
     *,
+    request_id: str,
     seed: int,
     salt: str,
 ) -> pb.GenerateRequest:
@@ -258,7 +260,7 @@ def _generate_request(
     if isinstance(body, ChatBody):
         _constrain(sampling, body, tokenizer)
     return pb.GenerateRequest(
-        request_id=secrets.token_hex(16),
+        request_id=request_id,
         prompt_token_ids=prompt_ids,
         sampling=sampling,
         residency=residency_wish(body.forepage),

@@ -1,7 +1,7 @@
 """The page at `/`: what is resident, live, and a box to ask; its files, its feed, its passages.
 
-The files are public, as they hold nothing. What the page shows comes from two endpoints that pass through
-`access`: a dependency that raises AuthenticationError where API keys are configured.
+The files are public, as they hold nothing: where API keys are configured the page asks for one. What it shows
+comes from two endpoints that need it, and is of the key's tenant alone.
 """
 
 import asyncio
@@ -11,15 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.passages import Passages, passages
+from forepage.gateway.request_scope import request_scope
 from forepage.gateway.residency_feed import BLOCK_TOKENS, ResidencyFeed
 from forepage.gateway.start import Starter
-
-Access = Callable[[Request], Awaitable[None]]
 
 FEED_PATH, PASSAGES_PATH = "/dashboard/feed", "/dashboard/passages"
 FOLDER = Path(__file__).parent
@@ -29,6 +28,12 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+FILES = {
+    "/" if path.suffix == ".html" else f"/dashboard/{path.name}": path
+    for path in sorted(FOLDER.iterdir())
+    if path.suffix in MEDIA_TYPES
+}
+"""By the path that serves them."""
 PAGE_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -44,31 +49,25 @@ SEND_TIMEOUT_S = 20.0
 LINE_END = "\n"
 
 
-async def everybody(_: Request) -> None:
-    """Without API keys everybody may watch."""
-
-
-def make_dashboard(feed: ResidencyFeed, starter: Starter, *, access: Access = everybody) -> APIRouter:
+def make_dashboard(feed: ResidencyFeed, starter: Starter) -> APIRouter:
     """Every route of the page. None is part of the API: the schema does not list them."""
     router = APIRouter(include_in_schema=False)
-    for path in sorted(FOLDER.iterdir()):
-        if path.suffix in MEDIA_TYPES:
-            url = "/" if path.suffix == ".html" else f"/dashboard/{path.name}"
-            router.add_api_route(url, _file(path), methods=["GET"])
+    for url, path in FILES.items():
+        router.add_api_route(url, _file(path), methods=["GET"])
 
-    @router.get(FEED_PATH, dependencies=[Depends(access)])
-    async def watch() -> EventSourceResponse:
+    @router.get(FEED_PATH)
+    async def watch(request: Request) -> EventSourceResponse:
         """Snapshots of what is resident, as events."""
         feed.check_room()
         return EventSourceResponse(
-            _events(feed),
+            _events(feed, request_scope(request.scope).tenant),
             ping=PING_S,
             sep=LINE_END,
             send_timeout=SEND_TIMEOUT_S,
             headers={"cache-control": "no-store", "x-content-type-options": "nosniff"},
         )
 
-    @router.post(PASSAGES_PATH, dependencies=[Depends(access)])
+    @router.post(PASSAGES_PATH)
     async def passages_of(body: ChatBody) -> Passages:
         """Where the blocks of this conversation's prompt lie in its last message."""
 
@@ -81,8 +80,8 @@ def make_dashboard(feed: ResidencyFeed, starter: Starter, *, access: Access = ev
     return router
 
 
-async def _events(feed: ResidencyFeed) -> AsyncIterator[ServerSentEvent]:
-    async with aclosing(feed.frames()) as frames:
+async def _events(feed: ResidencyFeed, tenant: str | None) -> AsyncIterator[ServerSentEvent]:
+    async with aclosing(feed.frames(tenant)) as frames:
         async for frame in frames:
             yield ServerSentEvent(data=json.dumps(frame, separators=(",", ":")), sep=LINE_END)
 

@@ -33,7 +33,7 @@ function showNotice(kind, title, advice) {
 
 function showRefusal(refusal) {
   const { title, advice, needsKey } = adviceFor({ ...refusal, message: refusal.message, hadKey: hasKey() });
-  if (needsKey) openKey(true, advice);
+  if (needsKey) openKey(true, { words: advice, isWrong: hasKey() });
   else showNotice("bad", title, advice);
 }
 
@@ -197,6 +197,8 @@ async function follow() {
     await visible();
     const away = new AbortController();
     const leave = () => { if (document.hidden) away.abort(); };
+    let isRekeyed = false, isRefused = false;
+    reconnect = () => { isRekeyed = true; away.abort(); wake(); };
     document.addEventListener("visibilitychange", leave);
     try {
       for await (const one of snapshots(away.signal)) {
@@ -209,20 +211,31 @@ async function follow() {
       setStatus("wait", "the gateway ended the feed");
     } catch (error) {
       if (error.name !== "AbortError") lose(error);
+      isRefused = error.status === 401;
     } finally {
       isFollowing = false;
       document.removeEventListener("visibilitychange", leave);
     }
-    if (!document.hidden) await new Promise((resolve) => { setTimeout(resolve, RETRY_MS); wake = resolve; });
+    if (!document.hidden && !isRekeyed) await pause(isRefused);
   }
 }
 
+/** Until it is worth trying again: a while, or until there is another key. */
+function pause(isRefused) {
+  return new Promise((resolve) => {
+    wake = resolve;
+    if (!isRefused) setTimeout(resolve, RETRY_MS);
+  });
+}
+
 let wake = () => {};
+let reconnect = () => {};
 
 function lose(error) {
   if (!(error instanceof Refusal)) throw error;
-  setStatus("bad", error.status === 401 ? "key needed" : error.status === 0 ? "gateway lost" : "feed refused");
-  showEmpty("Not connected.", "What is resident is shown as soon as the gateway answers.");
+  const needsKey = error.status === 401;
+  setStatus("bad", needsKey ? (hasKey() ? "key refused" : "key needed") : error.status === 0 ? "gateway lost" : "feed refused");
+  showEmpty("Not connected.", `What is resident is shown as soon as ${needsKey ? "the server knows your key" : "the gateway answers"}.`);
   at("load").textContent = "";
   showRefusal(error);
   at("notice").dataset.of = "feed";
@@ -243,8 +256,10 @@ function visible() {
   });
 }
 
-function openKey(isOpen, words = "The API key of this server. It stays in this tab.") {
+function openKey(isOpen, { words = "The API key of this server. It stays in this tab.", isWrong = false } = {}) {
   at("key-form").hidden = !isOpen;
+  at("key-form").dataset.kind = isWrong ? "bad" : "";
+  at("key").setAttribute("aria-invalid", String(isWrong));
   at("key-form").querySelector("label").textContent = words;
   at("key-open").setAttribute("aria-expanded", String(isOpen));
   if (isOpen && document.activeElement === document.body) at("key").focus();
@@ -274,10 +289,12 @@ at("list").addEventListener("click", (event) => {
 at("key-open").addEventListener("click", () => openKey(at("key-form").hidden));
 at("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  keepKey(at("key").value);
+  keepKey(at("key").value.trim());
+  at("key").value = "";
   openKey(false);
   showNotice("", null, "");
-  wake();
+  setStatus("wait", "connecting");
+  reconnect();
 });
 watchCells(at("map"), { layoutOf: () => layout, lengthOf: () => kept?.num_blocks ?? 0, cursorOf: () => cursor, setCursor: (idx) => { cursor = idx; render(); } });
 const asking = openAsking({ at, showNotice, showRefusal, setOwn, watchCells, colourOf: () => colour });
