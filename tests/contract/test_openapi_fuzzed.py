@@ -18,6 +18,7 @@ from forepage.gateway.api_keys import new_key
 from forepage.rpc import worker_pb2 as pb
 from rigs.fake_worker import MODEL, FakeWorker, finished, scored, started
 from rigs.gateway_thread import gateway_thread
+from rigs.gateways import key_file
 
 SNAPSHOT = Path(__file__).parent / "openapi.json"
 BODIES = {
@@ -66,9 +67,8 @@ async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text(KEPT.model_dump_json())
-    with gateway_thread(lambda: FakeWorker(script=script), api_keys=path) as served:
+    keys = key_file(tmp_path_factory.mktemp("keys"), KEPT)
+    with gateway_thread(lambda: FakeWorker(script=script), api_keys=keys) as served:
         yield served
     for path_asked, statuses in answered.items():
         wanted = {200, 400, 401} if path_asked in BODIES else {200}

@@ -4,7 +4,7 @@ Skipped only where no Chromium is found (`apt install chromium`). Each view leav
 says where.
 """
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ from forepage.gateway.api_keys import new_key
 from forepage.gateway.tenancy import new_request_id
 from forepage.rpc import worker_pb2 as pb
 from rigs.browser import DESK, PHONE, Opened, find_chromium, opened
-from rigs.fake_worker import FakeWorker, answer
+from rigs.fake_worker import FakeWorker
 from rigs.gateway_thread import gateway_thread
+from rigs.gateways import key_file
 from rigs.watching import resident_bits
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium: apt install chromium")
@@ -37,17 +38,10 @@ def held_by(tenant: str, num_held: int) -> pb.WatchedSequence:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("keys") / "keys"
-    path.write_text(f"{KEPT.model_dump_json()}\n{KEPT_OTHERS.model_dump_json()}\n")
+    keys = key_file(tmp_path_factory.mktemp("keys"), KEPT, KEPT_OTHERS)
     shown = [held_by("ours", 7), held_by("others", 9)]
-    with gateway_thread(lambda: FakeWorker(shown=shown, script=script), api_keys=path) as served:
+    with gateway_thread(lambda: FakeWorker(shown=shown), api_keys=keys) as served:
         yield served
-
-
-async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
-    """The usual answer."""
-    async for event in answer(request):
-        yield event
 
 
 @pytest.fixture(scope="module")

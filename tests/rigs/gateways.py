@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from forepage.gateway.admission import Admission
+from forepage.gateway.api_keys import ApiKey
 from forepage.gateway.worker_directory import WorkerDirectory
 from forepage.telemetry import Telemetry
 from rigs.fake_worker import MODEL
@@ -73,6 +75,18 @@ class ServedGateway:
     url: str
     stop: asyncio.Event
     task: "asyncio.Task[None]"
+
+
+def key_file(folder: Path, *kept: ApiKey) -> Path:
+    """A file of these keys."""
+    path = folder / "keys"
+    path.write_text("".join(f"{key.model_dump_json()}\n\n" for key in kept))
+    return path
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that shows it."""
+    return {"authorization": f"Bearer {key}"}
 
 
 async def check_error(reply: httpx.Response) -> None:

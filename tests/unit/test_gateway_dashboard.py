@@ -11,7 +11,7 @@ import pytest
 from forepage.gateway.api_keys import new_key
 from forepage.gateway.dashboard import FEED_PATH, FILES, FOLDER, MEDIA_TYPES, PASSAGES_PATH
 from rigs.fake_worker import StartWorker
-from rigs.gateways import OpenedGateway, OpenGateway, chat
+from rigs.gateways import OpenedGateway, OpenGateway, bearer, chat, key_file
 
 VOID = {"meta", "link", "img", "input", "br"}
 SCRIPTS = [path for path in FILES.values() if path.suffix == ".js"]
@@ -127,9 +127,7 @@ async def test_with_keys_the_files_are_open_and_what_they_show_is_not(
     start_worker: StartWorker, open_gateway: OpenGateway, tmp_path: Path
 ) -> None:
     key, kept = new_key("ours")
-    path = tmp_path / "keys"
-    path.write_text(kept.model_dump_json())
-    gateway = await open_gateway(await start_worker(), api_keys=path)
+    gateway = await open_gateway(await start_worker(), api_keys=key_file(tmp_path, kept))
     for url in FILES:
         assert (await gateway.client.get(url)).status_code == 200
     for reply in (
@@ -139,10 +137,9 @@ async def test_with_keys_the_files_are_open_and_what_they_show_is_not(
     ):
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
         assert reply.headers["www-authenticate"] == "Bearer"
-    shown = {"authorization": f"Bearer {key}"}
-    assert (await gateway.client.post(PASSAGES_PATH, json=chat(), headers=shown)).status_code == 200
+    assert (await gateway.client.post(PASSAGES_PATH, json=chat(), headers=bearer(key))).status_code == 200
     gateway.admission.close()  # a feed that is closed ends at once
-    assert (await gateway.client.get(FEED_PATH, headers=shown)).status_code == 200
+    assert (await gateway.client.get(FEED_PATH, headers=bearer(key))).status_code == 200
 
 
 async def test_passages_answers_errors_in_our_shape_and_within_the_bound(

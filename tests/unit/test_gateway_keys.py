@@ -10,26 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from forepage.__main__ import app
-from forepage.gateway.api_keys import KEY_PREFIX, ApiKey, new_key, read_keys
+from forepage.gateway.api_keys import KEY_PREFIX, new_key, read_keys
 from forepage.gateway.residency_feed import live_worker
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import SettingsError
 from rigs.fake_worker import StartWorker, answer
-from rigs.gateways import OpenGateway, chat, until
+from rigs.gateways import OpenGateway, bearer, chat, key_file, until
 
 CHAT = "/v1/chat/completions"
-
-
-def key_file(folder: Path, *kept: ApiKey) -> Path:
-    """A file of these keys."""
-    path = folder / "keys"
-    path.write_text("".join(f"{key.model_dump_json()}\n\n" for key in kept))
-    return path
-
-
-def bearer(key: str) -> dict[str, str]:
-    """The header that shows it."""
-    return {"authorization": f"Bearer {key}"}
 
 
 async def test_a_key_opens_and_nothing_else_does(

@@ -1,12 +1,15 @@
 """The client our users have: OpenAI's own, against the served gateway."""
 
+import json
 from collections.abc import AsyncIterator
 
 import openai
+import pydantic
 import pytest
 
 from forepage.rpc import worker_pb2 as pb
-from rigs.fake_worker import ANSWER, MODEL, StartWorker, answer, finished, saying, scored, started
+from rigs.fake_worker import ANSWER, MODEL, FakeWorker, StartWorker, answer, finished, saying, scored, started
+from rigs.gateway_thread import gateway_thread
 from rigs.gateways import ServeGateway
 
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
@@ -134,6 +137,99 @@ async def test_choices_and_logprobs(start_worker: StartWorker, serve_gateway: Se
         text = await client.completions.create(model=MODEL, prompt="x", logprobs=1)
         assert text.choices[0].logprobs is not None
         assert text.choices[0].logprobs.tokens == ["A", "B"]
+
+
+async def test_streamed_choices_and_logprobs(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    async def script(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield started(request)
+        for token in (65, 66):
+            yield scored(request, [token])
+        yield finished(request, 2)
+
+    gateway = await serve_gateway(await start_worker(script=script))
+    shown: dict[int, list[str]] = {0: [], 1: []}
+    async with client_of(gateway.url) as client:
+        async for chunk in await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, stream=True
+        ):
+            for choice in chunk.choices:
+                scores = choice.logprobs.content if choice.logprobs is not None else None
+                shown[choice.index] += [entry.token for entry in scores or ()]
+                assert all(len(entry.top_logprobs) == 2 for entry in scores or ())
+    assert shown == {0: ["A", "B"], 1: ["A", "B"]}
+
+
+async def test_stop_and_seed(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    worker = await start_worker()
+    gateway = await serve_gateway(worker)
+    async with client_of(gateway.url) as client:
+        chat = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, stop=["42"], seed=11, n=2, extra_body={"priority": -1}
+        )
+    assert [choice.message.content for choice in chat.choices] == ["The answer is "] * 2
+    assert {choice.finish_reason for choice in chat.choices} == {"stop"}
+    assert sorted(request.sampling.seed for request in worker.requests) == [11, 12]
+    assert {request.priority for request in worker.requests} == {-1}
+
+
+class Forecast(pydantic.BaseModel):
+    """What the client wants to be told."""
+
+    city: str
+    days: int
+
+
+async def test_json_mode_and_schemas(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    said = '{"city": "Paris", "days": 3}'
+    worker = await start_worker(script=saying(said))
+    gateway = await serve_gateway(worker)
+    async with client_of(gateway.url) as client:
+        free = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, response_format={"type": "json_object"}
+        )
+        assert free.choices[0].message.content == said
+        parsed = await client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Forecast)
+        assert parsed.choices[0].message.parsed == Forecast(city="Paris", days=3)
+        async with client.chat.completions.stream(
+            model=MODEL, messages=MESSAGES, response_format=Forecast
+        ) as stream:
+            final = await stream.get_final_completion()
+        assert final.choices[0].message.parsed == Forecast(city="Paris", days=3)
+    schemas = [json.loads(request.sampling.json_schema) for request in worker.requests]
+    assert schemas[0] == {}
+    for schema in schemas[1:]:
+        assert schema["properties"].keys() == {"city", "days"}
+        assert schema["additionalProperties"] is False, "the answer is bound to what is parsed"
+
+
+async def test_a_cut_answer_is_not_parsed(start_worker: StartWorker, serve_gateway: ServeGateway) -> None:
+    gateway = await serve_gateway(await start_worker(script=saying('{"city": "Pa', reason="LENGTH")))
+    async with client_of(gateway.url) as client:
+        with pytest.raises(openai.LengthFinishReasonError):
+            await client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Forecast)
+
+
+def test_the_client_without_an_event_loop() -> None:
+    """Whole, in a stream, calls in a stream, plain completions, models, and an error."""
+    with (
+        gateway_thread(lambda: FakeWorker(script=saying(f"Wait.{CALLS}", width=2))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        whole = client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[TOOL])
+        assert whole.choices[0].message.tool_calls is not None
+        with client.chat.completions.stream(model=MODEL, messages=MESSAGES, tools=[TOOL]) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_completion().choices[0]
+        assert "content.delta" in kinds
+        assert "tool_calls.function.arguments.done" in kinds
+        assert final.message.content == "Wait."
+        assert final.message.tool_calls is not None
+        assert final.message.tool_calls[0].function.parsed_arguments == {"city": "Paris", "days": 3}
+        pieces = client.completions.create(model=MODEL, prompt=[104, 105], stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces).startswith("Wait.")
+        assert [model.id for model in client.models.list()] == [MODEL]
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model=MODEL, messages=[])
 
 
 async def test_errors_are_the_clients_own_types(
