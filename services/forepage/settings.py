@@ -135,7 +135,8 @@ class GatewaySettings(_Section):
         10.0, ge=0, le=3600, description="how long such an answer waits for a worker that takes it over"
     )
     dashboard: bool = Field(
-        True, description="whether `/` serves the page that shows what is resident; with api_keys it does not"
+        True,
+        description="whether `/` serves the page that shows what is resident; with api_keys it asks for one",
     )
     api_keys: Path | None = Field(
         None,
