@@ -46,7 +46,7 @@ imports: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(heading) 'pytest'
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not gpu'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not gpu' -n 2 --dist loadfile
 
 format: $(VENV)/.dev  ## rewrite the files the way the gate wants them
 	$(BIN)/ruff format $(PYTHON_FILES)

@@ -220,10 +220,7 @@ class WorkerSettings(_Section):
     interval_steps: int = Field(64, ge=4, le=1024, description="decode steps between predictions")
     random_audits: int = Field(7, ge=0, le=16, description="audited steps an interval besides the boundary")
     early_audit_steps: int = Field(
-        256,
-        ge=0,
-        le=4096,
-        description="first steps of an answer audited densely, if on a GPU",
+        256, ge=0, le=4096, description="first steps of an answer audited densely, unless split over ranks"
     )
     early_audit_every_steps: int = Field(
         1, ge=1, le=64, description="every so many of the first steps are audited, the first one included"

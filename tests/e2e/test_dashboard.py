@@ -21,7 +21,7 @@ from rigs.stack import Stack, running_stack
 from rigs.watching import resident_bits
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium: apt install chromium")
-ANSWER_MS = 120_000
+ANSWER_MS = 240_000
 NEEDLE = "The locker code of Nora is 3069."
 PIXELS = "document.querySelector('#map').toDataURL()"
 Scheme = Literal["dark", "light"]
