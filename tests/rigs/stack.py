@@ -57,6 +57,15 @@ class StackTls:
     http: ssl.SSLContext
 
 
+@dataclass(frozen=True)
+class Host:
+    """Where a process runs: the address at which a test asks it there, and the host's own network."""
+
+    address: str = "127.0.0.1"
+    netns: str | None = None
+    """A network namespace; None: the test's own."""
+
+
 @dataclass
 class Stack:
     """Processes by name, their addresses and logs."""
@@ -70,6 +79,8 @@ class Stack:
     """What single processes are told besides."""
     tls: StackTls | None = None
     """How to call them; None: plain."""
+    hosts: dict[str, Host] = field(default_factory=dict)
+    """Of processes that do not run beside the test."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -136,9 +147,9 @@ class Stack:
         """Our files in shared memory."""
         return sorted(path.name for path in self.shm_dir.glob(f"forepage-{self.instance}-*"))
 
-    def arena(self) -> coldpool_pb2.StatReply:
-        """The cold pool manager's counts."""
-        with self._channel("coldpool") as channel:
+    def arena(self, name: str = "coldpool") -> coldpool_pb2.StatReply:
+        """A cold pool manager's counts."""
+        with self._channel(name) as channel:
             stub = coldpool_pb2_grpc.ColdPoolStub(channel)
             reply: coldpool_pb2.StatReply = stub.Stat(coldpool_pb2.StatRequest(), timeout=5.0)
             return reply
@@ -151,7 +162,7 @@ class Stack:
             return reply
 
     def _channel(self, name: str) -> grpc.Channel:
-        address = f"127.0.0.1:{self.ports[name]}"
+        address = self._address(name)
         if self.tls is None:
             return grpc.insecure_channel(address)
         return grpc.secure_channel(
@@ -172,25 +183,33 @@ class Stack:
         if role == REDIS:
             return self._pings()
         tls = self.tls.grpc if self.tls else None
-        return asyncio.run(is_serving(f"127.0.0.1:{self.ports[role]}", tls, timeout_s=1.0))
+        return asyncio.run(is_serving(self._address(role), tls, timeout_s=1.0))
 
     def _pings(self) -> bool:
         try:
-            with redis.Redis(port=self.ports[REDIS], socket_timeout=1.0) as client:
+            host = self.hosts.get(REDIS, Host()).address
+            with redis.Redis(host, self.ports[REDIS], socket_timeout=1.0) as client:
                 return bool(client.ping())
         except redis.RedisError:
             return False
 
+    def _address(self, name: str) -> str:
+        return f"{self.hosts.get(name, Host()).address}:{self.ports[name]}"
+
     def _command(self, name: str) -> list[str]:
+        netns = self.hosts.get(name, Host()).netns
+        enter = [] if netns is None else ["nsenter", f"--net=/run/netns/{netns}"]
         if name != REDIS:
-            return [sys.executable, "-m", "forepage", name.partition("-")[0]]
-        port = str(self.ports[REDIS])
+            return [*enter, sys.executable, "-m", "forepage", name.partition("-")[0]]
         return [
+            *enter,
             str(get_binary_path()),
             "--port",
-            port,
+            str(self.ports[REDIS]),
             "--bind",
-            "127.0.0.1",
+            "127.0.0.1" if netns is None else "0.0.0.0",
+            "--protected-mode",
+            "no",
             "--save",
             "",
             "--dir",
