@@ -118,6 +118,14 @@ def network() -> Iterator[Network]:
         yield network
 
 
+@pytest.fixture(autouse=True)
+def mended(network: Network) -> Iterator[None]:
+    """A test that fails leaves no cable pulled for the next."""
+    yield
+    for name in network.hosts:
+        network.mend(name)
+
+
 @pytest.fixture(scope="module")
 def stack(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     names = [REDIS, *(name.replace("worker", "coldpool") for name in HOSTS), *HOSTS, "gateway"]
