@@ -19,7 +19,7 @@ from rigs.stack import Stack, running_stack, wait_until
 GONE_S = 60.0
 ASK_EVERY_S = 5.0
 REFUSED_WITHIN_S = 30.0
-"""Refusals are quick; this much because the machine may be busy."""
+"""A request waits for its admission for 3 s here; the rest because the machine may be busy."""
 MESSAGES = [
     {"role": "user", "content": "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(16))}
 ]
@@ -31,6 +31,7 @@ SETTINGS = {
     "FOREPAGE_WORKER__FULL_SHARE": "0",
     "FOREPAGE_WORKER__EARLY_AUDIT_STEPS": "0",
     "FOREPAGE_WORKER__RANDOM_AUDITS": "1",
+    "FOREPAGE_WORKER__ADMISSION_TIMEOUT_S": "3",
     "FOREPAGE_WORKER__KV_BYTES": str(32 << 20),
     "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(16 << 20),
     "FOREPAGE_GATEWAY__WORKER_POLL_S": "0.2",
