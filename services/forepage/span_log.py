@@ -108,16 +108,16 @@ def span_log_processors(service: str, settings: TelemetrySettings) -> list[SpanP
 
 
 def read_spans(folder: Path) -> Iterator[StoredSpan]:
-    """Every span of every process in a folder; a line that is half written is left out."""
+    """Every span of every process in a folder; a line that is half written or damaged is left out."""
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:  # it became the old one meanwhile
             continue
         for line in text.splitlines():
             try:
                 yield StoredSpan(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
 
 

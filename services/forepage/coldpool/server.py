@@ -209,7 +209,7 @@ def read_geometry(model: ModelSettings) -> KvGeometry:
     path: Path = model.path / "config.json"
     try:
         config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path}: {error}; see FOREPAGE_MODEL__PATH") from error
     if not isinstance(config, dict):
         raise ModelFormatError(f"{path}: no JSON object")

@@ -38,5 +38,5 @@ def running_card(shm_dir: Path, instance: str) -> RunCard | None:
         return None
     try:
         return RunCard(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # gone just now, or not written yet
+    except (OSError, ValueError, TypeError, RecursionError):  # gone just now, or not written yet
         return None

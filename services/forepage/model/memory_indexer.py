@@ -162,7 +162,7 @@ def read_indexer_config(folder: Path, spec: ModelSpec, file: Path | None = None)
         raise ModelFormatError(
             f"{path}: no memory indexer; put one there, or name its file in FOREPAGE_MODEL__MEMORY_INDEXER"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path}: can't read the memory indexer's config: {error}") from error
     if not isinstance(body, dict):
         raise ModelFormatError(f"{path}: must hold a JSON object")

@@ -133,7 +133,7 @@ def read_config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path}: can't read the model's config: {error}") from error
     if not isinstance(config, dict):
         raise ModelFormatError(f"{path}: must hold a JSON object")

@@ -8,14 +8,43 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Literal, Self
 
 import tokenizers
+from pydantic import BaseModel, Field, ValidationError
 
 from forepage.errors import IntegrityError, ModelFormatError
 from forepage.text.control_tokens import REQUIRED, ControlToken
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+MOST_IDS = 1 << 24
+"""Far above every vocabulary: a larger id is damage, and a table up to it would be huge."""
+TokenId = Annotated[int, Field(ge=0, lt=MOST_IDS, strict=True)]
+
+
+class _AddedToken(BaseModel):
+    id: TokenId
+    content: str
+    special: bool
+
+
+class _Model(BaseModel):
+    type: Literal["BPE"]
+    vocab: Annotated[dict[str, TokenId], Field(min_length=1)]
+
+
+class _Decoder(BaseModel):
+    type: Literal["ByteLevel"]
+
+
+class _File(BaseModel):
+    """What we read of tokenizer.json ourselves."""
+
+    model: _Model
+    decoder: _Decoder
+    added_tokens: list[_AddedToken]
 
 
 @dataclass(frozen=True)
@@ -34,18 +63,29 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            vocab, added = raw["model"]["vocab"], raw["added_tokens"]
-            if raw["model"]["type"] != "BPE" or (raw["decoder"] or {}).get("type") != "ByteLevel":
-                raise ModelFormatError(f"{path}: not a byte-level BPE tokenizer")
-            text = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            file = _File.model_validate(raw)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ModelFormatError(
+                f"{path}: not a byte-level BPE tokenizer ({where}: {error.errors()[0]['msg']})"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelFormatError(f"{path}: {type(error).__name__}: {error}") from error
-        id_by_name = {item["content"]: item["id"] for item in added}
+        try:
+            text = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelFormatError(f"{path}: {error}") from error
+        vocab, added = file.model.vocab, file.added_tokens
+        id_by_name = {token.content: token.id for token in added}
         missing = [name for name in REQUIRED if name not in id_by_name]
         if missing:
             raise ModelFormatError(f"{path}: no token named {', '.join(missing)}")
         name_by_id = {token_id: name for name, token_id in id_by_name.items()}
-        return cls(text, _bytes_table(vocab, added), id_by_name, name_by_id, max(map(len, vocab)))
+        try:
+            table = _bytes_table(vocab, added)
+        except KeyError as error:
+            raise ModelFormatError(f"{path}: a token has the letter {error}, which is no byte") from None
+        return cls(text, table, id_by_name, name_by_id, max(map(len, vocab)))
 
     @property
     def vocab_size(self) -> int:
@@ -88,9 +128,9 @@ class Tokenizer:
             raise IntegrityError(f"a token id is outside the vocabulary of {self.vocab_size}") from error
 
 
-def _bytes_table(vocab: Mapping[str, int], added: Iterable[Mapping[str, Any]]) -> tuple[bytes, ...]:
+def _bytes_table(vocab: Mapping[str, int], added: Iterable["_AddedToken"]) -> tuple[bytes, ...]:
     """Id -> bytes. Added tokens that the file flags special are silent, the others spell their name."""
-    spelled = {item["id"]: b"" if item["special"] else item["content"].encode() for item in added}
+    spelled = {token.id: b"" if token.special else token.content.encode() for token in added}
     byte_of = byte_of_letter()
     for token, token_id in vocab.items():
         if token_id not in spelled:
