@@ -175,7 +175,7 @@ def test_tokenizers(folder: Path, tokenizer: Any) -> None:
 
 
 def test_a_token_of_no_bytes_is_named(tmp_path: Path) -> None:
-    model = {**TOKENIZER["model"], "vocab": {**TOKENIZER["model"]["vocab"], "\u3042": 300}}
+    model = {**TOKENIZER["model"], "vocab": {**TOKENIZER["model"]["vocab"], "\u3042": 9_999}}
     (tmp_path / "tokenizer.json").write_bytes(as_json({**TOKENIZER, "model": model}))
     with pytest.raises(ModelFormatError, match="no byte"):
         Tokenizer.load(tmp_path)
