@@ -15,7 +15,7 @@ heading = @printf '\n== %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # the gate's steps in their order
-.PHONY: help up test compose-test check lint types imports unit format protos settings-table clean
+.PHONY: help up test audit compose-test check lint types imports unit format protos settings-table clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,6 +27,10 @@ test: $(VENV)/.dev lint types imports unit  ## the gate: format, lint, types, im
 
 compose-test: $(VENV)/.dev  ## build the images and try the stack of compose.yaml; needs Docker, or root on Debian
 	@$(BIN)/python docker/compose_test.py $(COMPOSE_TEST)
+
+audit: $(VENV)/.dev  ## known vulnerabilities of the installed packages; needs the network
+	@$(BIN)/python -m pip install --quiet 'pip-audit>=2.7'
+	@$(BIN)/pip-audit --skip-editable --progress-spinner off
 
 check: $(VENV)/.dev lint types imports  ## the gate without the tests
 
