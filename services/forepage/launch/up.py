@@ -144,9 +144,10 @@ def _announcement(settings: Settings, *, model: str) -> str:
     others = [f"{role} http://127.0.0.1:{number}/metrics" for role, number in ports.items() if number]
     more = "; ".join(others) or "other processes: set FOREPAGE_<ROLE>__METRICS_PORT"
     page = " (in a browser: what is resident, and a box to ask)" if settings.gateway.dashboard else ""
+    key = '-H "authorization: Bearer $KEY" ' if settings.gateway.api_keys is not None else ""
     return (
         f"\nforepage is up at {url}{page}\n\n"
-        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
+        f"  curl {url}/v1/chat/completions {key}-H 'content-type: application/json' \\\n    -d '{body}'\n\n"
         f"metrics: {url}/metrics ({more})\n"
         "in another terminal: `forepage status`, `forepage trace`\nCtrl-C stops everything.\n"
     )
