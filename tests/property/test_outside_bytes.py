@@ -95,7 +95,8 @@ def test_frames(case: tuple[type[Frame], bytes]) -> None:
     ],
 )
 def test_frames_that_claim_more_than_they_hold(bomb: bytes) -> None:
-    for kind in map(type, FRAMES):
+    kinds: list[type[Frame]] = [type(frame) for frame in FRAMES]
+    for kind in kinds:
         with little_memory(), pytest.raises(IntegrityError):
             kind.decode(bomb)
 
@@ -201,7 +202,7 @@ def test_memory_indexers_configs(folder: Path, data: bytes) -> None:
 def test_files_of_a_model_folder_that_are_something_else(tmp_path: Path, name: str, data: bytes) -> None:
     shutil.copytree(SEEDED_MODEL, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(data)
-    read = {
+    read: Callable[[], object] = {
         "config.json": lambda: read_spec(tmp_path),
         "tokenizer.json": lambda: Tokenizer.load(tmp_path),
         "memory_indexer.json": lambda: read_indexer_config(tmp_path, ModelSpec.from_config(CONFIG), None),
