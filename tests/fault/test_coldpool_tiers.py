@@ -1,13 +1,14 @@
 """Disk and Redis tiers pass one suite: bounded, survive a restart and their own failures, never lie."""
 
 import asyncio
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pytest
 from redis.asyncio import Redis
@@ -259,6 +260,72 @@ async def test_cancelled_disk_write_is_still_counted(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await putting
     assert tier.stored_bytes == RECORD_BYTES
+
+
+async def test_disk_record_that_can_not_be_read_leaves_no_uncounted_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = ColdPoolCounters(open_telemetry("test", instance_id="test"))
+    tier = DiskTier(tmp_path, max_bytes=MAX_BYTES, counters=counters)
+    await tier.open()
+    assert await tier.put(key_of("a"), record_of("a"))
+
+    def fail(_: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("forepage.coldpool.disk_tier._read_file", fail)
+    assert await tier.get(key_of("a")) is None
+    assert counters.tier_errors == 1
+    assert (tier.stored_bytes, os.listdir(tmp_path)) == (0, [])
+
+
+async def test_redis_values_set_during_a_count_are_counted(
+    valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = ColdPoolCounters(open_telemetry("test", instance_id="test"))
+    client = Redis(port=valkey.port)
+    await client.flushall()
+    tier = RedisTier(client, instance="t", max_bytes=MAX_BYTES, counters=counters)
+    real_scan, has_scanned, may_end = client.scan_iter, asyncio.Event(), asyncio.Event()
+
+    async def slow_scan(**kwargs: Any) -> AsyncIterator[Any]:
+        names = [name async for name in real_scan(**kwargs)]
+        has_scanned.set()
+        await may_end.wait()
+        for name in names:
+            yield name
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "scan_iter", slow_scan)
+        slow = asyncio.create_task(tier.put(key_of("a"), record_of("a")))
+        await has_scanned.wait()
+    assert await tier.put(key_of("b"), record_of("b"))
+    may_end.set()
+    assert await slow
+    assert tier.stored_bytes == 2 * RECORD_BYTES
+    await client.aclose()
+
+
+async def test_cancelled_redis_write_is_still_counted(
+    valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = ColdPoolCounters(open_telemetry("test", instance_id="test"))
+    client = Redis(port=valkey.port)
+    await client.flushall()
+    tier = RedisTier(client, instance="t", max_bytes=MAX_BYTES, counters=counters)
+    await tier.open()
+    real_set = client.set
+
+    async def lose_reply(name: str, value: bytes) -> None:
+        await real_set(name, value)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(client, "set", lose_reply)
+    with pytest.raises(asyncio.CancelledError):
+        await tier.put(key_of("a"), record_of("a"))
+    assert await names_in(tier, "a") == "a"
+    assert tier.stored_bytes == RECORD_BYTES
+    await client.aclose()
 
 
 async def test_full_disk_refuses_keeps_what_it_has_and_leaves_no_rubbish(

@@ -1,5 +1,6 @@
 """The arena file: made whole or not at all, adopted only if it fits, headers out of holders' reach."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -110,6 +111,40 @@ def test_arena_with_a_damaged_superblock_is_not_adopted(path: Path, where: int) 
     assert Arena.try_adopt(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS) is None
     with pytest.raises(IntegrityError):
         ArenaView.open(path, writable=False)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
+def test_arena_that_others_may_open_is_not_adopted(path: Path, arena: Arena, mode: int) -> None:
+    path.chmod(mode)
+    assert Arena.try_adopt(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS) is None
+    replaced = Arena.create(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
+    assert replaced.uuid != arena.uuid
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_arena_of_another_user_is_not_adopted(
+    path: Path, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert Arena.try_adopt(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS) is None
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    adopted = Arena.try_adopt(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
+    assert adopted is not None
+    assert adopted.uuid == arena.uuid
+
+
+def test_arena_in_the_way_of_another_user_names_the_settings(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DependencyError, match="FOREPAGE_INSTANCE"):
+        Arena.try_adopt(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
+    with pytest.raises(DependencyError, match="FOREPAGE_INSTANCE"):
+        Arena.create(path, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
 
 
 def test_cut_off_arena_is_not_adopted(path: Path, arena: Arena) -> None:

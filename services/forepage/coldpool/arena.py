@@ -14,6 +14,7 @@ File:
 import errno
 import mmap
 import os
+import stat
 import struct
 import uuid as uuids
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ PAYLOAD_ALIGN = 1 << 16
 _SUPERBLOCK = struct.Struct("<8sIIQQQ16s")
 _SUM = struct.Struct("<Q")
 _TAG_STRIDE = HEADER_BYTES // TAG_BYTES
+_WHOSE = "if another user has it, set FOREPAGE_INSTANCE or FOREPAGE_COLDPOOL__SHM_DIR"
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM)
 
 
@@ -199,6 +201,8 @@ class Arena(ArenaView):
             path.unlink(missing_ok=True)  # before the new one is sized: both may not fit
             unfinished.unlink(missing_ok=True)
             descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except PermissionError as error:
+            raise DependencyError(f"arena {path}: {error.strerror}; {_WHOSE}") from error
         except OSError as error:
             raise DependencyError(
                 f"arena {path}: {error.strerror}; set FOREPAGE_COLDPOOL__SHM_DIR to a folder in memory"
@@ -216,14 +220,19 @@ class Arena(ArenaView):
 
     @classmethod
     def try_adopt(cls, path: Path, *, slot_bytes: int, num_slots: int) -> "Arena | None":
-        """The arena an earlier manager left, if it is whole and of this shape and version; else None."""
+        """The arena an earlier manager left, if it is whole and of this shape and version; else None.
+
+        Nor is one adopted that others may open or own: /dev/shm is everybody's, and prompts would be theirs.
+        """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise DependencyError(f"arena {path}: {error.strerror}") from error
+            raise DependencyError(f"arena {path}: {error.strerror}; {_WHOSE}") from error
         try:
+            if not _is_private(descriptor):
+                return None
             shape = _read_shape(descriptor)
             if (shape.slot_bytes, shape.num_slots) != (slot_bytes, num_slots):
                 return None
@@ -262,6 +271,11 @@ class Arena(ArenaView):
 def _map(descriptor: int, offset: int, length: int, *, writable: bool) -> mmap.mmap:
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     return mmap.mmap(descriptor, length, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
+
+
+def _is_private(descriptor: int) -> bool:
+    found = os.fstat(descriptor)
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
 def _read_shape(descriptor: int) -> ArenaShape:

@@ -68,6 +68,9 @@ class Attachment:
         self._channel = open_channel(address, tls)
         self._lock: ProcessLock | None = None
         self._epoch = ""
+        self._void: list[SlotRef] = []
+        self._new_arena: ArenaView | None = None
+        """With `_void`: what `on_reattach` has to be told; kept when a bond breaks while it is made."""
         self.stub = ColdPoolStub(self._channel)
         self.gate = CallGate()
         self.leases: Counter[SlotRef] = Counter()
@@ -94,10 +97,12 @@ class Attachment:
         """Bring manager and account together; the caller is alone in the gate."""
         self.is_stale = True
         reply = await self._attach_locked()
-        new_arena, void = self._map(reply)
-        void += await self._announce()
+        self._map(reply)
+        self._void += await self._announce()
         is_first, self._epoch = not self._epoch, reply.manager_epoch
         self.is_stale = False
+        void, self._void = self._void, []
+        new_arena, self._new_arena = self._new_arena, None
         if is_first:
             return
         self._telemetry.count(MetricName.FALLBACKS, fallback="coldpool_reattached")
@@ -180,12 +185,12 @@ class Attachment:
         self.forget(void)
         return void
 
-    def _map(self, reply: pb.AttachReply) -> tuple[ArenaView | None, list[SlotRef]]:
-        """Map the manager's arena; answers it if it replaces another one, and the leases lost thereby."""
+    def _map(self, reply: pb.AttachReply) -> None:
+        """Map the manager's arena; if it replaces another one, note that and the leases lost thereby."""
         if self.view is not None and self.view.uuid == reply.arena_uuid:
-            return None, []
+            return
         is_first = self.view is None
-        void = list(self.leases.elements())
+        self._void += self.leases.elements()
         self.leases.clear()
         if not is_first and self._on_reattach is None:
             raise DependencyError(
@@ -195,7 +200,7 @@ class Attachment:
         if view.uuid != reply.arena_uuid:
             raise DependencyError("cold pool: the arena was replaced while attaching", retry_after_s=1.0)
         self.view, self.arena_path = view, Path(reply.arena_path)
-        return (None if is_first else view), void
+        self._new_arena = None if is_first else view
 
 
 async def _take_lock(path: Path) -> ProcessLock:

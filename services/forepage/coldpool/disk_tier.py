@@ -78,7 +78,7 @@ class DiskTier:
             data = await asyncio.to_thread(_read_file, self._path(key))
         except OSError as error:
             self._failed(error)
-            self._stored.remove(key)
+            await self.drop(key)  # a file that stays but is not counted would be over the bound
             return None
         self._stored.touch(key)
         return data

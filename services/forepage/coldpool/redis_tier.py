@@ -4,6 +4,7 @@ Key names: `forepage:<instance>:record:<key hex>`. While Redis does not answer, 
 moment after each failure, so that leases of what is in the arena don't wait for its timeouts.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar, cast
@@ -80,7 +81,11 @@ class RedisTier:
 
         async def store() -> bool:
             await self._count_stored()
-            await self._client.set(self._name(key), record)
+            try:
+                await self._client.set(self._name(key), record)
+            except asyncio.CancelledError:
+                self._stored.add(key, len(record))  # Redis may have it, so count it
+                raise
             self._stored.add(key, len(record))
             await self._shrink()
             return True
@@ -114,12 +119,12 @@ class RedisTier:
     async def _count_stored(self) -> None:
         if self._is_counted:
             return
+        self._stored.clear()  # not later: what other calls set meanwhile is counted by them
         names = [name async for name in self._client.scan_iter(match=f"{self._prefix}*", count=_BATCH)]
         async with self._client.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.strlen(name)
             sizes = await pipe.execute()
-        self._stored.clear()
         for name, size in zip(names, sizes, strict=True):
             key = key_from_hex(name[len(self._prefix) :].decode(errors="replace"))
             if key is not None:

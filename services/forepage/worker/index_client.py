@@ -18,7 +18,7 @@ from forepage.rpc.tls import MutualTls
 RECONNECT_S = 0.2
 MAX_RECONNECT_S = 1.0
 MAX_OPEN = 512
-"""Questions on the stream at once; more are refused (many pending calls get cancelled by gRPC)."""
+"""Questions on the stream beyond which more are refused; those of one step are never told apart."""
 
 OnReply = Callable[[pb.LookaheadReply], None]
 OnDown = Callable[[], None]
@@ -35,7 +35,7 @@ class IndexClient:
         self._tls = tls
         self._on_reply = on_reply
         self._on_down = on_down
-        self._outbox: asyncio.Queue[pb.LookaheadRequest] = asyncio.Queue(MAX_OPEN)
+        self._outbox: asyncio.Queue[pb.LookaheadRequest] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connected = False
         self._open = 0
@@ -75,7 +75,7 @@ class IndexClient:
                 delay = min(2 * delay, MAX_RECONNECT_S)
 
     async def _stream(self, stub: rpc.LookaheadIndexStub) -> None:
-        self._outbox = asyncio.Queue(MAX_OPEN)
+        self._outbox = asyncio.Queue()  # bounded by `ask`
         call = stub.Lookahead(self._requests(self._outbox))
         self._connected = True
         self._log.info("lookahead index connected", address=self._address)
