@@ -26,6 +26,9 @@ EVAL = Tool("loadtest.quality", ".", "accuracy, evidence recall and footprint, s
 BENCHES = {
     "kernels": Tool("bench", "kernels", "every kernel against this GPU's own limits"),
     "decode": Tool("loadtest.decode", ".", "step times of decode on a GPU"),
+    "throughput": Tool(
+        "loadtest.throughput", ".", "sequences that fit and tokens/s, by what is kept on a GPU"
+    ),
     "prefill": Tool("loadtest.prefill", ".", "how long a prompt takes to prefill"),
     "load": Tool("loadtest.load", ".", "TTFT, ITL, recall and footprint of a running endpoint under load"),
 }

@@ -16,7 +16,7 @@ from forepage.index.question import (
     QuestionLimits,
     parse_request,
 )
-from forepage.index.scorer import Scorer
+from forepage.index.scorer import BlockScorer
 from forepage.kv.plan_source import baseline_choice
 from forepage.kv.prefetch_plan import PrefetchPlan, choose_blocks
 from forepage.rpc import index_pb2 as pb
@@ -41,7 +41,7 @@ class Answer:
 class Planner:
     """Answers requests for one model; used from several threads."""
 
-    def __init__(self, scorer: Scorer, limits: QuestionLimits) -> None:
+    def __init__(self, scorer: BlockScorer, limits: QuestionLimits) -> None:
         self._scorer = scorer
         self._limits = limits
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,21 @@ class BlockScores:
 
     scores: tuple[float, ...]  # 0 where no entry is above the threshold, or the block wasn't readable
     num_scored: int  # blocks that were readable before and after
+
+
+class BlockScorer(Protocol):
+    """Says how likely each block is needed: `Scorer`, or a load test that replays a trace."""
+
+    def score_blocks(
+        self,
+        keys: MappedKeys,
+        blocks: Sequence[SlotRef],
+        *,
+        hidden: Tensor,
+        position: int,
+        threshold: float,
+        check: Callable[[], None],
+    ) -> BlockScores: ...
 
 
 class Scorer:

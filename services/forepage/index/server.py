@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from forepage.index.key_store import KeyStore
 from forepage.index.planner import Planner
 from forepage.index.publisher import PlanPublisher, plan_stream
 from forepage.index.question import QuestionLimits
-from forepage.index.scorer import Scorer
+from forepage.index.scorer import BlockScorer, Scorer
 from forepage.index.servicer import LookaheadServicer
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.logs import open_logs
@@ -35,10 +35,19 @@ ARENA_POLL_S = 0.1
 FLUSH_S = 1.0
 _log = structlog.get_logger("forepage.index")
 
+Scoring = Callable[[Scorer], BlockScorer]
+"""What scores, given the memory indexer's scorer."""
 
-async def run(settings: Settings, stop: asyncio.Event) -> None:
+
+def by_memory_indexer(scorer: Scorer) -> BlockScorer:
+    """The memory indexer's own scores."""
+    return scorer
+
+
+async def run(settings: Settings, stop: asyncio.Event, scoring: Scoring = by_memory_indexer) -> None:
     """Serve until `stop`. Health says SERVING once an arena is mapped; until then questions get an error.
 
+    Plans are made of what `scoring` says: a load test's model has random weights, and nothing to predict.
     Raises: ModelFormatError for the model folder, DependencyError when the address can't be bound.
     """
     open_logs("index", settings.telemetry)
@@ -54,7 +63,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     torch.set_num_threads(1)
     try:
         async with asyncio.TaskGroup() as tasks:
-            await _serve(settings, stop, tasks, telemetry, tls)
+            await _serve(settings, stop, tasks, telemetry, tls, scoring)
     except ExceptionGroup as group:
         ours, others = group.split(ForepageError)
         if ours is not None and others is None:
@@ -70,9 +79,10 @@ async def _serve(
     tasks: asyncio.TaskGroup,
     telemetry: Telemetry,
     tls: MutualTls | None,
+    scoring: Scoring,
 ) -> None:
     async with _publishing(settings, tasks, telemetry) as publisher:
-        servicer, store = build_servicer(settings, publisher, telemetry)
+        servicer, store = build_servicer(settings, publisher, telemetry, scoring)
 
         def register(server: grpc.aio.Server) -> None:
             add_LookaheadIndexServicer_to_server(servicer, server)
@@ -133,6 +143,7 @@ def build_servicer(
     settings: Settings,
     publisher: PlanPublisher | None,
     telemetry: Telemetry,
+    scoring: Scoring = by_memory_indexer,
 ) -> tuple[LookaheadServicer, KeyStore]:
     """Everything behind the stream, from the settings. Raises: ModelFormatError for the model folder."""
     model = settings.model
@@ -150,7 +161,7 @@ def build_servicer(
     )
     servicer = LookaheadServicer(
         store,
-        Planner(Scorer(indexer, geometry, device), limits),
+        Planner(scoring(Scorer(indexer, geometry, device)), limits),
         publisher=publisher,
         telemetry=telemetry,
         max_inflight=settings.index.max_inflight,

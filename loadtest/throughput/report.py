@@ -1,0 +1,83 @@
+"""throughput.json, and the Markdown table and picture made from it; written again after every row."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtest.throughput.case import Arm
+from loadtest.throughput.rows import Row
+
+COLUMNS = (
+    ("context_tokens", ","),
+    ("arm", ""),
+    ("concurrency", ","),
+    ("tokens_per_s", ",.1f"),
+    ("itl_p50_ms", ",.2f"),
+    ("itl_p99_ms", ",.2f"),
+    ("ttft_ms", ",.0f"),
+    ("gpu_kv_bytes_c4", ",.0f"),
+    ("gpu_kv_bytes_index", ",.0f"),
+    ("gpu_kv_bytes_other", ",.0f"),
+    ("host_bytes_per_sequence", ",.0f"),
+    ("prefetch_ms_predict", ",.2f"),
+    ("prefetch_ms_load", ",.2f"),
+    ("prefetch_ms_wait", ",.2f"),
+    ("late_plans", ".1%"),
+    ("demand_bytes_per_token", ",.0f"),
+    ("limited_by", ""),
+    ("host_concurrency", ","),
+    ("host_concurrency_2tb", ","),
+)
+
+
+def write(folder: Path, result: Mapping[str, Any]) -> None:
+    """throughput.json, .md and .png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "throughput.md").write_text(markdown(result), encoding="utf-8")
+    draw(folder / "throughput.png", result["rows"])
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A head and a table; `-` is a figure whose reason is in the JSON file."""
+    lines = [
+        f"# {result['what']}\n",
+        f"`{result['command']}`, {result['date']}, {result['device']}.\n",
+        f"{result['config']['notes']}\n",
+        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(_cell(row, *column) for column in COLUMNS) + " |" for row in result["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row, name: str, form: str) -> str:
+    return "-" if row[name] is None else format(row[name], form)
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Tokens a second and concurrency by context, an arm a line; batch 1 beside them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, name, batch1, title in (
+        (panels[0], "concurrency", False, "sequences that fit"),
+        (panels[1], "tokens_per_s", False, "tokens/s, all sequences"),
+        (panels[2], "tokens_per_s", True, "tokens/s, batch 1"),
+    ):
+        for number, arm in enumerate(Arm):
+            points = [
+                (row["context_tokens"] / 1024, row[name])
+                for row in rows
+                if row["arm"] == arm and row["batch1"] == batch1 and row[name] is not None
+            ]
+            points.sort()
+            panel.plot(
+                [x for x, _ in points], [y for _, y in points], marker="o", color=f"C{number}", label=arm
+            )
+        panel.set(title=title, xlabel="context, K tokens", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)

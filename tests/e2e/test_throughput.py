@@ -1,0 +1,43 @@
+"""The throughput bench over real processes: every arm on a small model, and the shape of what it writes."""
+
+import json
+from pathlib import Path
+
+from loadtest.throughput.__main__ import main
+from loadtest.throughput.case import Arm
+
+OPTIONS = (
+    "--model tiny --device cpu --contexts 8192 --kv-bytes 30000000 --footprint 0.25 --recent-tokens 512 "
+    "--slack-blocks 2 --interval-steps 4 --answer-tokens 512 --max-sequences 2 --warm-tokens 2 "
+    "--window-tokens 12 --window-s 0"
+)
+COLUMNS = (
+    "context_tokens arm batch1 index_placement kv_budget_bytes experts_stored concurrency ttft_ms "
+    "tokens_per_s itl_p50_ms itl_p99_ms gpu_kv_bytes_c4 gpu_kv_bytes_index gpu_kv_bytes_other "
+    "host_bytes_per_sequence "
+    "prefetch_ms_predict prefetch_ms_queue prefetch_ms_load prefetch_ms_wait boundary_to_commit_steps_p99 "
+    "stall_share late_plans itl_p99_vs_frozen demand_bytes_per_token limited_by"
+)
+
+
+def test_every_arm_decodes_its_history_and_leaves_a_whole_row(tmp_path: Path) -> None:
+    arenas = set(Path("/dev/shm").glob("forepage-throughput-*"))
+    assert main(["--out", str(tmp_path), *OPTIONS.split()]) == 0
+    assert set(Path("/dev/shm").glob("forepage-throughput-*")) <= arenas
+    result = json.loads((tmp_path / "throughput.json").read_text())
+    assert {"what", "command", "commit", "date", "device", "ceilings", "config", "rows"} <= set(result)
+    rows = {(row["arm"], row["batch1"]): row for row in result["rows"]}
+    assert set(rows) == {(arm.value, batch1) for arm in Arm for batch1 in (True, False)}
+    for (arm, batch1), row in rows.items():
+        assert set(COLUMNS.split()) <= set(row)
+        assert {name for name, value in row.items() if value is None} == set(row["why"])
+        assert row["concurrency"] == (1 if batch1 else 2)
+        assert row["tokens_per_s"] > 0
+        assert (row["demand_bytes_per_token"] > 0) == (arm in ("demand", "exact"))
+        whole, keys = rows["full", batch1]["gpu_kv_bytes_c4"], rows["full", batch1]["gpu_kv_bytes_index"]
+        assert (row["gpu_kv_bytes_c4"] < whole) == (arm != "full")
+        assert (row["gpu_kv_bytes_index"] < keys) == (arm in ("lookahead", "guarded"))
+    assert any(row["prefetch_ms_load"] for row in result["rows"])
+    assert all((row["itl_p99_vs_frozen"] is None) == (row["arm"] == "full") for row in result["rows"])
+    assert (tmp_path / "throughput.md").read_text().count("\n| 8,192 |") == 10
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000

@@ -1,0 +1,76 @@
+"""What a throughput case holds, and the memory divided for it: as the worker would count."""
+
+from itertools import pairwise, product
+
+import pytest
+
+from forepage.kv.geometry import V4_FLASH
+from forepage.settings import WorkerSettings
+from forepage.worker.gpu_blocks import PoolSizes
+from loadtest.throughput.case import Arm, Case, Plan
+from loadtest.throughput.trace import Trace
+
+PLAN = Plan(
+    kv_bytes=16 << 30,
+    answer_tokens=8192,
+    recent_tokens=2048,
+    slack_blocks=64,
+    overlap=0.85,
+    interval_steps=64,
+    topk=512,
+)
+CASES = [
+    Case(arm, context, footprint, PLAN, V4_FLASH)
+    for arm, (context, footprint) in product(
+        Arm, ((65_536, 0.25), (262_144, 0.105), (524_288, 0.083), (1_048_576, 0.083))
+    )
+]
+
+
+def pools(case: Case, sequences: int) -> PoolSizes:
+    """As the worker divides its memory."""
+    key_share, c128_share = case.shares(sequences)
+    settings = WorkerSettings(
+        kv_bytes=PLAN.kv_bytes, key_share=key_share, c128_share=c128_share, escalation_reserve_bytes=0
+    )
+    return PoolSizes.from_settings(settings, V4_FLASH, topk=PLAN.topk)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.arm}-{case.context_tokens}")
+def test_the_last_sequence_is_admitted_beside_the_others_and_none_after_it(case: Case) -> None:
+    count = case.concurrency()
+    sizes = pools(case, count)
+    staging = sizes.staging_blocks if case.keeps_keys else 0
+    prompt = V4_FLASH.num_blocks(case.prompt_tokens)
+    assert sizes.row_blocks >= (count - 1) * case.rows + max(prompt + staging, case.rows)
+    assert sizes.key_blocks >= (count - 1) * case.keys + max(prompt, case.keys)
+    assert sizes.c128_blocks >= count * case.total_blocks
+    one = case.rows * V4_FLASH.rows_bytes + case.keys * V4_FLASH.keys_bytes
+    least = (count + 1) * (one + case.total_blocks * V4_FLASH.c128_bytes)
+    newest = max(0, prompt + staging - case.rows) * V4_FLASH.rows_bytes
+    newest += max(0, prompt - case.keys) * V4_FLASH.keys_bytes
+    assert least + newest > PLAN.kv_bytes - 4 * V4_FLASH.record_bytes
+
+
+def test_paging_fits_more_sequences_than_full_the_longer_the_more() -> None:
+    fits = {(case.arm, case.context_tokens): case.concurrency() for case in CASES}
+    gains = [fits[Arm.LOOKAHEAD, n] / fits[Arm.FULL, n] for n in (65_536, 262_144, 524_288)]
+    assert gains == sorted(gains)
+    assert all(fits[Arm.FULL, n] < fits[Arm.EXACT, n] < fits[Arm.LOOKAHEAD, n] for n in (262_144, 1_048_576))
+
+
+@pytest.mark.parametrize("num_candidates", [64, 500, 4096])
+def test_a_trace_keeps_its_overlap_and_its_budget(num_candidates: int) -> None:
+    trace = Trace(wanted_blocks=60, interval_steps=64, overlap=0.85)
+    sets = [set(trace.blocks(num_candidates, 64 * interval)) for interval in range(200)]
+    assert all(len(blocks) == 60 and max(blocks) < num_candidates for blocks in sets)
+    kept = [len(now & after) / 60 for now, after in pairwise(sets)]
+    if num_candidates >= 2 * 60:
+        assert sum(kept) / len(kept) == pytest.approx(0.85, abs=0.01)
+    assert len(set.union(*sets)) > 60
+    assert trace.blocks(num_candidates, 70) == trace.blocks(num_candidates, 64)
+
+
+def test_a_trace_wants_no_more_than_there_is() -> None:
+    assert Trace(60, 64, 0.85).blocks(5, 0) == [0, 1, 2, 3, 4]
+    assert Trace(60, 64, 0.85).blocks(0, 0) == []
