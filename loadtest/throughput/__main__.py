@@ -7,6 +7,7 @@ goes on.
 
 import argparse
 import asyncio
+import json
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ from loadtest.quality.report import commit_of_tree
 from loadtest.throughput.case import Arm, Case, Plan
 from loadtest.throughput.ceilings import link_ceilings
 from loadtest.throughput.measure import Length, Window, WindowError, measure
-from loadtest.throughput.model import model_config, write_model
+from loadtest.throughput.model import INDEX_FILE, model_config, write_model
 from loadtest.throughput.report import write
 from loadtest.throughput.rows import Row, row_of
 from loadtest.throughput.system import StartError, running_system
@@ -50,12 +51,18 @@ def main(arguments: Seq[str] | None = None) -> int:
     """Measure and write; 1 when a case failed."""
     options = _parser().parse_args(arguments)
     config = model_config(options.model)
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        path = Path(scratch) / options.model
-        write_model(path, config)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.weights or Path(scratch)
+        if not (path / INDEX_FILE).exists():
+            write_model(path, config)
         model = ModelSettings(path=path, device=options.device)
         folder = ModelFolder.read(model)
         result = _head(options, folder, arguments)
+        earlier = options.out / "throughput.json"
+        if options.add and earlier.exists():
+            added_to = json.loads(earlier.read_text(encoding="utf-8"))
+            result["rows"] = added_to["rows"]
+            result["command"] = f"{added_to['command']} && {result['command']}"
         asyncio.run(_measure_all(model, folder, options, result))
     return int(any(row["tokens_per_s"] is None for row in result["rows"]))
 
@@ -90,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--window-s", type=float, default=8.0)
     parser.add_argument("--window-tokens", type=int, default=64, help="of each, at least, in a window")
     parser.add_argument("--start-s", type=float, default=120.0, help="until all sequences decode")
-    parser.add_argument("--scratch", type=Path, help="where the weights are written for the run: 26 GB")
+    parser.add_argument(
+        "--weights", type=Path, help="where the weights are kept, 26 GB for `flash`; none: for this run only"
+    )
+    parser.add_argument("--add", action="store_true", help="keep the rows that --out has: of this machine")
     return parser
 
 

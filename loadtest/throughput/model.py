@@ -15,6 +15,8 @@ from forepage.model.stored_form import StoredTensor, announced_tensors
 from forepage.settings import SEEDED_MODEL
 from loadtest.decode.synthetic import bundled_config, flash_config
 
+INDEX_FILE = "model.safetensors.index.json"
+"""Written last: with it a folder is whole."""
 FLASH_LAYERS, STORED_EXPERTS = 43, 32
 QUANTISED = {"quant_method": "fp8"}
 DRAWN_BYTES = 1 << 24
@@ -60,7 +62,7 @@ def write_model(folder: Path, config: Mapping[str, object]) -> None:
             save_file(held, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(held, file)
             held, files = {}, files + 1
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def _tensor(name: str, stored: StoredTensor, spec: ModelSpec, drawn: Tensor) -> Tensor:

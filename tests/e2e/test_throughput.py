@@ -9,7 +9,7 @@ from loadtest.throughput.case import Arm
 OPTIONS = (
     "--model tiny --device cpu --contexts 8192 --kv-bytes 30000000 --footprint 0.25 --recent-tokens 512 "
     "--slack-blocks 2 --interval-steps 4 --answer-tokens 512 --max-sequences 2 --warm-tokens 2 "
-    "--window-tokens 12 --window-s 0"
+    "--window-tokens 6 --window-s 0"
 )
 COLUMNS = (
     "context_tokens arm batch1 index_placement kv_budget_bytes experts_stored concurrency ttft_ms "
