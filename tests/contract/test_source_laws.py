@@ -22,6 +22,7 @@ READS_ENVIRONMENT = {
     "services/forepage/launch/wiring.py",  # handed to children whole
     "services/forepage/console/source_tree.py",  # the same
     "loadtest/soak/__main__.py",  # the same
+    "loadtest/throughput/system.py",  # the same
 }
 EVERYBODY_WRITES = ("/tmp", "/var/tmp")
 
