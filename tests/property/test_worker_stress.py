@@ -322,7 +322,7 @@ class StressMachine(WorkerMachine):
         super().check_laws()
         self.arena.check_laws()
         leased = {ref.arena_id for ref, count in self.arena.leases.items() if count}
-        assert self.used_slots() <= leased or not self.rig.loop._inbox.empty(), (
+        assert self.used_slots() <= leased or not self.rig.loop._inbox.is_empty, (
             "a slot that may be given away"
         )
 

@@ -9,7 +9,7 @@ from forepage.errors import ContextLengthError
 from forepage.settings import ResidencyMode
 from forepage.worker.arena_access import GrantRequest
 from forepage.worker.sequence import Phase
-from rigs.worker import decode_until, text_tokens, worker_rig
+from rigs.worker import Running, decode_until, text_tokens, worker_rig
 
 PROMPT = text_tokens(1_300)
 FULL, LOOKAHEAD, GUARDED, EXACT = ResidencyMode.FULL, *list(ResidencyMode)[1:3], ResidencyMode.EXACT
@@ -92,11 +92,50 @@ def test_requests_that_the_arena_refused_keep_their_order(monkeypatch: pytest.Mo
         assert asked == [one.sequence.block_key(0, rig.parts.geometry) for one in running]
 
 
-def test_a_stopping_worker_refuses_what_comes_after() -> None:
+def refused(running: Running) -> bool:
+    """It got one event, a typed error that another worker can make good, and holds nothing."""
+    assert running.failed is not None
+    assert len(running.events) == 1
+    return running.failed.code == "dependency_unavailable" and running.sequence.released.is_set()
+
+
+def test_a_worker_that_has_stopped_refuses_what_comes_after() -> None:
+    """Its thread has ended: nobody reads a message any more."""
     with worker_rig() as rig:
         rig.loop.start()
         rig.loop.stop(5.0)
+        assert not rig.loop.is_running
+        assert refused(rig.submit(PROMPT))
+
+
+def test_a_request_that_nobody_read_before_the_worker_gave_up_is_refused() -> None:
+    with worker_rig() as rig:
+        before = rig.submit(PROMPT)
+        assert before.events == []
+        rig.loop.give_up(ValueError("broken"))
+        assert refused(before)
+        assert refused(rig.submit(PROMPT))
+
+
+def test_a_request_read_while_the_worker_gives_up_is_refused() -> None:
+    """Taken from the inbox before, entered after everybody was told."""
+    with worker_rig() as rig:
         running = rig.submit(PROMPT)
-        rig.loop.turn()
-        assert running.failed is not None
-        assert running.failed.code == "dependency_unavailable"
+        rig.loop.broken = ValueError("broken")
+        rig.run_until(lambda: rig.loop.num_sequences == 0 and running.is_over)
+        assert refused(running)
+
+
+def test_a_loop_that_breaks_refuses_what_waits() -> None:
+    """A law breaks in the message before: the request behind it is told."""
+
+    def breaks() -> None:
+        raise ValueError("a law")
+
+    with worker_rig() as rig:
+        rig.loop.post(breaks)
+        running = rig.submit(PROMPT)
+        rig.loop.start()
+        assert running.sequence.released.wait(10.0)
+        assert refused(running)
+        rig.loop.stop(5.0)

@@ -2,6 +2,7 @@
 
 from forepage.errors import ForepageError
 from forepage.rpc import worker_pb2 as pb
+from forepage.telemetry import fail_span
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sampler import Pick
 from forepage.worker.sequence import Sequence
@@ -38,6 +39,14 @@ def finished_event(parts: WorkerParts, sequence: Sequence, reason: pb.FinishReas
             residency=residency_report(parts, sequence),
         )
     )
+
+
+def refuse(sequence: Sequence, error: ForepageError) -> None:
+    """End a request that was never taken: it holds nothing."""
+    fail_span(sequence.span, error)
+    sequence.emit(failed_event(error))
+    sequence.span.end()
+    sequence.released.set()
 
 
 def failed_event(error: ForepageError) -> pb.GenerateEvent:

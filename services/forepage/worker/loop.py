@@ -6,8 +6,6 @@ the turn before is read, so the device never waits for the host. Nothing in it w
 sleeps only when no sequence can take a step.
 """
 
-import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -25,8 +23,9 @@ from forepage.telemetry import SpanName, fail_span, set_attributes
 from forepage.worker.admission import Admission, free_device
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
-from forepage.worker.events import failed_event, finished_event, started_event, tokens_event
+from forepage.worker.events import failed_event, finished_event, refuse, started_event, tokens_event
 from forepage.worker.full_by_room import FullByRoom
+from forepage.worker.inbox import Inbox, Message
 from forepage.worker.lookahead import Lookahead
 from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
@@ -42,8 +41,6 @@ IDLE_S = 0.25
 WAITING_S = 0.002
 """How long a turn with nothing to compute waits for a message: idle, and while copies or plans are due."""
 
-Message = Callable[[], None]
-
 
 class Loop:
     """Owner of the sequences; other threads talk to it through `post`."""
@@ -51,7 +48,7 @@ class Loop:
     def __init__(self, parts: WorkerParts, arena: torch.Tensor) -> None:
         """`arena` is the mapped payload area, u8."""
         self._parts = parts
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._live: dict[int, Sequence] = {}
         self._ending: list[Sequence] = []
         self._stopping = False
@@ -77,8 +74,8 @@ class Loop:
         self._inbox.put(message)
 
     def submit(self, sequence: Sequence) -> None:
-        """Take a new request (any thread)."""
-        self.post(lambda: self._submit(sequence))
+        """Take a new request (any thread); once the loop has ended it is refused at once."""
+        self._inbox.put(lambda: self._submit(sequence), unheard=lambda: refuse(sequence, _shutting_down()))
 
     def cancel(self, sequence: Sequence) -> None:
         """The caller went away: everything it holds is freed within one step (any thread)."""
@@ -138,6 +135,8 @@ class Loop:
         except BaseException as error:
             self._parts.log.error("the loop broke; the worker stops", error=repr(error), exc_info=True)
             self.give_up(error)
+        finally:
+            self._inbox.close()
 
     def give_up(self, error: BaseException) -> None:
         """Nothing can go on (any thread): every request ends with an error, and so does the worker."""
@@ -147,6 +146,7 @@ class Loop:
         told = IntegrityError("the worker broke down; send the request again")
         for sequence in list(self._live.values()):
             sequence.emit(failed_event(error if isinstance(error, DependencyError) else told))
+        self._inbox.close()
 
     def turn(self) -> None:
         """One turn; the thread's body, or called by a test that has no thread."""
@@ -176,16 +176,17 @@ class Loop:
         return [s for s in decodes if not (s.awaits_last_token or s.lookahead.awaits_repair)]
 
     def _take_messages(self) -> None:
-        while not self._inbox.empty():
-            self._inbox.get()()
+        while (message := self._inbox.take()) is not None:
+            message()
 
     def _wait(self) -> None:
         """No sequence can take a step: wait for a message, briefly while copies or plans are due."""
         is_busy = bool(self._live or self._ending)
         if not is_busy:
             self._parts.blocks.check_idle()
-        with contextlib.suppress(queue.Empty):
-            self._inbox.get(timeout=WAITING_S if is_busy else IDLE_S)()
+        message = self._inbox.wait(WAITING_S if is_busy else IDLE_S)
+        if message is not None:
+            message()
 
     def _advance(self, sequence: Sequence) -> None:
         """What this sequence can do without a step."""
@@ -306,7 +307,7 @@ class Loop:
 
     def _submit(self, sequence: Sequence) -> None:
         self._live[sequence.incarnation] = sequence
-        if self._stopping:
+        if self._stopping or self.broken is not None:  # `give_up` may have told the others already
             self._fail(sequence, _shutting_down())
             return
         self._guarded(sequence, self._admission.submit)

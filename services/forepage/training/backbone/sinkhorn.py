@@ -6,12 +6,12 @@ The backward runs the forward again, keeps every sum, and undoes one normalisati
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from forepage.training.backbone import sinkhorn_kernel
 
 
-@torch.library.custom_op("forepage::sinkhorn", mutates_args=())
+@library.custom_op("forepage::sinkhorn", mutates_args=())
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     """Row softmax of f32 [n, S, S], then columns and rows scaled to sum to 1 in turn, columns last.
 
@@ -28,7 +28,7 @@ def _(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("forepage::sinkhorn_backward", mutates_args=())
+@library.custom_op("forepage::sinkhorn_backward", mutates_args=())
 def sinkhorn_backward(logits: Tensor, gradient: Tensor, iterations: int, eps: float) -> Tensor:
     """Gradient of the logits, from that of the result: all f32 [n, S, S]."""
     if logits.is_cuda:
