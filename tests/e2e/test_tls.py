@@ -150,3 +150,6 @@ def test_a_certificate_that_is_missing_stops_the_start(secured: Secured, tmp_pat
         )
         assert done.returncode == 2, (role, done.stderr)
         assert "FOREPAGE_TLS__CERT" in done.stderr
+    probe = [sys.executable, "-m", "forepage", "healthy", "worker"]
+    done = subprocess.run(probe, env=environ, check=False, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)

@@ -8,9 +8,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -22,29 +20,20 @@ from forepage.telemetry import open_telemetry
 from forepage.worker.assembly import ModelFolder
 from loadtest.soak.phases import SoakPlan, soak
 from loadtest.soak.system import System
-from rigs.chat import Answer, stream_chat
+from rigs.chat import stream_chat
+from rigs.faulty import SMALL_PAGES, Faulty, Once, code_of, short_request
 from rigs.seen import Seen
 from rigs.stack import REDIS, Stack, running_stack, wait_until
 
-DOCUMENT = "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(30))
-MESSAGES = [{"role": "user", "content": DOCUMENT}]
+DOCUMENT = code_of(30)
 NUM_TOKENS = 60
 STOP_S = 10.0
 """How long a process stands still."""
 WORKERS = ("worker", "worker-2")
-SETTINGS = {
-    "FOREPAGE_WORKER__RECENT_TOKENS": "256",
-    "FOREPAGE_WORKER__INTERVAL_STEPS": "16",
-    "FOREPAGE_WORKER__FULL_SHARE": "0",
-    "FOREPAGE_WORKER__EARLY_AUDIT_STEPS": "0",
-    "FOREPAGE_WORKER__RANDOM_AUDITS": "1",
-    "FOREPAGE_WORKER__ADMISSION_TIMEOUT_S": "3",
-    "FOREPAGE_WORKER__KV_BYTES": str(32 << 20),
+SETTINGS = SMALL_PAGES | {
     "FOREPAGE_COLDPOOL__CAPACITY_BYTES": str(4 << 20),
     "FOREPAGE_COLDPOOL__PROBE_INTERVAL_S": "0.2",
-    "FOREPAGE_GATEWAY__WORKER_POLL_S": "0.2",
     "FOREPAGE_GATEWAY__RESUME_WAIT_S": "5",
-    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -56,129 +45,22 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     assert running.leftovers() == []
 
 
-class Once:
-    """Does something at a chunk of an answer, and keeps how long the answer then stood still."""
-
-    def __init__(self, act: Callable[[], None], *, at_chunk: int = 12) -> None:
-        self._act = act
-        self._at_chunk = at_chunk
-        self._newest_s: float | None = None
-        self.stood_still_s = 0.0
-
-    def __call__(self, answer: Answer) -> None:
-        now_s = time.monotonic()
-        if self._newest_s is not None:
-            self.stood_still_s = max(self.stood_still_s, now_s - self._newest_s)
-            self._newest_s = now_s
-        elif answer.num_chunks >= self._at_chunk:
-            self._act()
-            self._newest_s = time.monotonic()
-
-
-@dataclass
-class Faulty:
-    """The system, the right answer, and for each worker a salt whose requests go there."""
-
-    stack: Stack
-    truth: str
-    salts: dict[str, str]
-
-    def ask(
-        self,
-        worker: str = "worker",
-        *,
-        mode: str = "exact",
-        on_chunk: Callable[[Answer], None] | None = None,
-        **fields: Any,
-    ) -> Answer:
-        return stream_chat(
-            self.stack.url,
-            MESSAGES,
-            mode=mode,
-            budget_blocks=1,
-            max_tokens=NUM_TOKENS,
-            on_chunk=on_chunk,
-            **{"cache_salt": self.salts.get(worker, ""), **fields},
+def fill_the_arena(stack: Stack) -> None:
+    """Other requests, until every slot that may be taken has been taken anew."""
+    for number in range(5):
+        answer = stream_chat(
+            stack.url,
+            [{"role": "user", "content": f"{number}{DOCUMENT}"}],
+            mode="lookahead",
+            max_tokens=2,
+            budget_blocks=2,
         )
-
-    def is_right(self, answer: Answer) -> bool:
-        """No token lost, none twice, none wrong."""
-        counted = answer.usage.get("completion_tokens") == NUM_TOKENS
-        return answer.error is None and answer.text == self.truth and counted
-
-    def refusal(self) -> httpx.Response:
-        """What a short request gets, which must not be an answer."""
-        return httpx.post(
-            f"{self.stack.url}/v1/completions",
-            json={"model": "forepage-seeded", "prompt": "x", "max_tokens": 2},
-            timeout=60,
-        )
-
-    def wait_served(self, worker: str = "worker") -> float:
-        """Until a request is answered rightly, by this very worker; how long that took."""
-        began_s = time.monotonic()
-
-        def is_served() -> bool:
-            servers: list[str] = []
-            once = Once(lambda: servers.append(serving_worker(self.stack)))
-            try:
-                answer = self.ask(worker, on_chunk=once)
-            except (AssertionError, httpx.HTTPError):
-                return False
-            assert answer.error is not None or answer.text == self.truth, "a wrong answer"
-            return self.is_right(answer) and servers == [worker]
-
-        wait_until(is_served, timeout_s=60, what=f"{worker} serves")
-        return time.monotonic() - began_s
-
-    def wait_idle(self) -> None:
-        wait_until(lambda: is_idle(self.stack), timeout_s=30, what="everything held is given back")
-
-    def fill_the_arena(self) -> None:
-        """Other requests, until every slot that may be taken has been taken anew."""
-        for number in range(5):
-            answer = stream_chat(
-                self.stack.url,
-                [{"role": "user", "content": f"{number}{DOCUMENT}"}],
-                mode="lookahead",
-                max_tokens=2,
-                budget_blocks=2,
-            )
-            assert answer.error is None
-
-
-def serving_worker(stack: Stack) -> str:
-    """Which worker has a sequence."""
-    (name,) = [name for name in WORKERS if not stack.has_ended(name) and stack.worker(name).running]
-    return name
-
-
-def is_idle(stack: Stack) -> bool:
-    arena = stack.arena()
-    if (arena.leased, arena.writing) != (0, 0) or arena.free + arena.cached != arena.total:
-        return False
-    return all(
-        (one.running, one.waiting, one.arena_slots_held) == (0, 0, 0)
-        and (one.row_blocks_free, one.key_blocks_free, one.slots_free)
-        == (one.row_blocks_total, one.key_blocks_total, one.max_running)
-        for one in map(stack.worker, WORKERS)
-    )
+        assert answer.error is None
 
 
 @pytest.fixture(scope="module")
 def faulty(stack: Stack) -> Faulty:
-    """Found while nothing is wrong."""
-    made = Faulty(stack, "", {})
-    for salt in "abcdefghijklmnop":
-        servers: list[str] = []
-        once = Once(lambda: servers.append(serving_worker(stack)), at_chunk=5)  # noqa: B023 (called at once)
-        answer = made.ask(mode="full", on_chunk=once, cache_salt=salt)
-        made.salts.setdefault(servers[0], salt)
-        made.truth = made.truth or answer.text
-        assert answer.text == made.truth
-        if len(made.salts) == len(WORKERS):
-            return made
-    raise AssertionError("one worker gets everything")
+    return Faulty(stack, DOCUMENT, NUM_TOKENS, WORKERS).learn(mode="full")
 
 
 def test_a_killed_workers_answer_goes_on_at_another(faulty: Faulty, seen: Seen) -> None:
@@ -206,7 +88,7 @@ def test_a_worker_that_slept_too_long_touches_nothing_when_it_wakes(faulty: Faul
     answer = faulty.ask(on_chunk=once)
     assert faulty.is_right(answer)
     assert answer.forepage["resumed_tokens"] > 0
-    faulty.fill_the_arena()
+    fill_the_arena(faulty.stack)
     assert stack.arena().leased > 0, "what a stopped process holds is not given away"
     stack.signal("worker", signal.SIGCONT)
     faulty.wait_idle()
@@ -282,7 +164,7 @@ def test_live_answers_outlast_the_cold_pool_and_new_ones_are_refused(faulty: Fau
     answer = faulty.ask(on_chunk=once)
     assert faulty.is_right(answer), "it goes on with the blocks that it leases"
     began_s = time.monotonic()
-    refused = faulty.refusal()
+    refused = short_request(stack)
     assert time.monotonic() - began_s < 30
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "dependency_unavailable")
     assert refused.headers["retry-after"]
@@ -307,7 +189,7 @@ def test_a_cold_pool_that_stands_still_is_waited_for(faulty: Faulty, seen: Seen)
     assert faulty.is_right(answer)
     threading.Timer(STOP_S, stack.signal, ("coldpool", signal.SIGCONT)).start()
     began_s = time.monotonic()
-    asked = faulty.refusal()
+    asked = short_request(stack)
     assert asked.status_code == 200 or asked.json()["error"]["code"] == "dependency_unavailable"
     assert asked.status_code == 200 or asked.headers["retry-after"]
     faulty.wait_served()
@@ -459,7 +341,7 @@ async def test_a_full_arena_refuses_with_a_time_to_come_back(faulty: Faulty, see
     )
     await hog.attach()
     refs = await hog.reserve(stack.arena().total)
-    refused = await asyncio.to_thread(faulty.refusal)
+    refused = await asyncio.to_thread(short_request, faulty.stack)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "capacity_exhausted")
     assert refused.headers["retry-after"]
     await hog.release(refs)

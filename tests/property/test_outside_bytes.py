@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from forepage.errors import IntegrityError, ModelFormatError, RequestError
 from forepage.frames import DirectoryFrame, Frame, PlanFrame, WorkerFrame
 from forepage.gateway.api_keys import new_key, read_keys
-from forepage.index.question import QuestionLimits, parse_request
+from forepage.index.question import parse_request
 from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.memory_indexer import read_indexer_config
 from forepage.model.spec import ModelSpec, read_config
@@ -31,6 +31,7 @@ from forepage.span_log import StoredSpan, read_spans
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 from forepage.worker.request import Request
+from rigs.index_limits import LIMITS
 from rigs.outside import altered, as_json, damaged, nested_json
 
 MOST_BYTES = 64 << 20
@@ -43,16 +44,6 @@ FRAMES: list[Frame] = [
 ]
 CONFIG = json.loads((SEEDED_MODEL / "config.json").read_text())
 TOKENIZER = json.loads((SEEDED_MODEL / "tokenizer.json").read_text())
-LIMITS = QuestionLimits(
-    max_blocks=64,
-    max_position=4_096,
-    num_c4_layers=3,
-    index_heads=2,
-    index_dims=4,
-    num_target_layers=2,
-    hidden_size=8,
-    default_threshold=0.4,
-)
 
 
 @contextmanager

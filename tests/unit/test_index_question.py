@@ -9,19 +9,10 @@ import pytest
 from forepage.coldpool.records import SlotRef
 from forepage.errors import DeadlineError, RequestError
 from forepage.index.deadline import Deadline
-from forepage.index.question import QuestionLimits, parse_request
+from forepage.index.question import parse_request
 from forepage.rpc import index_pb2 as pb
+from rigs.index_limits import LIMITS
 
-LIMITS = QuestionLimits(
-    max_blocks=16,
-    max_position=4096,
-    num_c4_layers=3,
-    index_heads=2,
-    index_dims=4,
-    num_target_layers=2,
-    hidden_size=8,
-    default_threshold=0.4,
-)
 NUM_BLOCKS = 11
 
 

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from forepage.settings import GatewaySettings, Settings
+from forepage.settings import GatewaySettings, Settings, SettingsError
 
 READY_PATH = "/health/ready"
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]", "::": "::1"}
@@ -33,8 +33,11 @@ async def role_is_ready(role: Role, settings: Settings, *, timeout_s: float) -> 
     from forepage.rpc.edge import is_serving  # grpc costs 0.2 s: only where it is asked for
     from forepage.rpc.tls import MutualTls
 
-    address = dialable(listen_of(role, settings))
-    return await is_serving(address, MutualTls.read(settings.tls), timeout_s=timeout_s)
+    try:
+        tls = MutualTls.read(settings.tls)
+    except SettingsError:  # the process itself says which file, and does not start
+        return False
+    return await is_serving(dialable(listen_of(role, settings)), tls, timeout_s=timeout_s)
 
 
 def listen_of(role: Role, settings: Settings) -> str:
