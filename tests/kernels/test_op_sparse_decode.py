@@ -40,6 +40,7 @@ CASES = [
     Case("compressed-only", 5, 96, 32, 63, 2, (63, 1), (0, 0)),
     Case("odd-lists", 17, 64, 64, 129, 63, (129, 64, 1), (1, 63, 33)),
     Case("flash-row", 4, 448, 64, 40, 7, (33, 40), (7, 7)),
+    Case("three-parts", 3, 64, 64, 700, 40, (700, 330, 10), (40, 0, 7)),
     Case("three-hundred-dims", 2, 256, 44, 3, 3, (3,), (2,)),
     Case("flash-c4", 64, 448, 64, 512, 128, (512, 300, 1, 0), (128, 128, 7, 128), gpu=True),
     Case(
@@ -199,7 +200,7 @@ def moved_elsewhere(call: Call, generator: torch.Generator) -> Call:
     return replace(call, compressed=target, slots=slots)
 
 
-REPLAYED = [case for case in CASES if case.id in ("odd-lists", "flash-c4", "flash-c4-bf16")]
+REPLAYED = [case for case in CASES if case.id in ("odd-lists", "three-parts", "flash-c4", "flash-c4-bf16")]
 
 
 @pytest.mark.parametrize(

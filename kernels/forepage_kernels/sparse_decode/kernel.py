@@ -1,9 +1,10 @@
 # ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
-"""Triton sparse_decode: one program a (sequence, head tile) walks both slot lists in order.
+"""Triton sparse_decode: a program walks a fixed part of one sequence's rows, and a second kernel joins parts.
 
-The walk is a fixed sequence of row tiles, with no split and no atomics: the result depends only on
-the attended rows in list order, not on where they lie. A row is decoded once a tile and serves as key
-and value; bf16 holds it exactly (e4m3 times a power of two, and bf16 rope dims).
+The rows are those of the window's list and then those of the compressed one, in tiles; a part is PART_ROWS of
+them whatever the batch is, and parts are joined in their order, with no atomics: the result depends only on
+the attended rows in list order, not on where they lie nor on what else is decoded. A row is decoded once a
+tile and serves as key and value; bf16 holds it exactly (e4m3 times a power of two, and bf16 rope dims).
 """
 
 import torch
@@ -11,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from forepage_kernels.jit import is_interpreted, jit, jit_unspecialised, next_power_of_2, on_device_of
-from forepage_kernels.layout import SCALE_GROUP, RowPool
-from forepage_kernels.row_tile import load_row_tile
+from forepage_kernels.layout import LANE_BYTES, SCALE_GROUP, RowPool
+from forepage_kernels.row_tile import decode_row_tile, load_bf16_row_tile
 
 MIN_HEADS = 16
 """The smallest side of a matrix product on tensor cores."""
@@ -20,6 +21,10 @@ TILE_HEADS = {torch.float32: 16, torch.bfloat16: 64}
 """A row is decoded once for all heads of a program (docs/kernels.md)."""
 TILE_ROWS = {torch.float32: 16, torch.bfloat16: 64}
 """A tile of 512-wide fp32 rows is split into three tf32 parts: 16 is what shared memory holds."""
+PART_ROWS = 320
+"""Rows of one program, a multiple of both tiles: half of what a c4 layer of V4-Flash attends."""
+VECTOR_BYTES = 16
+"""The widest load; a pool whose spans begin elsewhere is read in lanes."""
 
 
 def sparse_decode(
@@ -39,8 +44,14 @@ def sparse_decode(
         return out
     first = window if compressed is None else compressed
     block_h = max(MIN_HEADS, min(TILE_HEADS[q.dtype], next_power_of_2(heads)))
+    block_d = max(SCALE_GROUP, next_power_of_2(dims))
+    tile_rows = TILE_ROWS[q.dtype]
+    tiles = -(-compressed_slots.shape[1] // tile_rows) - (-window_slots.shape[1] // tile_rows)
+    parts = max(1, -(-tiles * tile_rows // PART_ROWS))
+    partial = q.new_empty(batch, parts, heads, dims if parts > 1 else 0, dtype=torch.float32)
+    sums = q.new_empty(batch, parts, 2, heads if parts > 1 else 0, dtype=torch.float32)
     with on_device_of(q):
-        attend[(-(-heads // block_h), batch)](
+        attend[(parts, -(-heads // block_h), batch)](
             q,
             first.bytes,
             compressed_slots,
@@ -48,6 +59,8 @@ def sparse_decode(
             window_slots,
             sinks,
             out,
+            partial,
+            sums,
             softmax_scale,
             heads,
             compressed_slots.shape[1],
@@ -63,13 +76,28 @@ def sparse_decode(
             NOPE=window.layout.nope_dims,
             DIMS=dims,
             SCALE_BYTES=window.layout.scale_bytes,
-            BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
+            BLOCK_D=block_d,
             BLOCK_H=block_h,
-            BLOCK_N=TILE_ROWS[q.dtype],
+            BLOCK_N=tile_rows,
+            PART_TILES=PART_ROWS // tile_rows,
+            ALIGN=VECTOR_BYTES if _is_aligned(first) and _is_aligned(window) else LANE_BYTES,
+            WHOLE=parts == 1,
             BF16=q.dtype == torch.bfloat16 and not is_interpreted(),
             num_warps=8,
+            num_stages=1,
         )
+        if parts > 1:
+            join_parts[(heads, batch)](
+                partial, sums, sinks, out, heads, parts, DIMS=dims, BLOCK_D=block_d, num_warps=2
+            )
     return out
+
+
+def _is_aligned(pool: RowPool) -> bool:
+    """Whether every row begins on the widest load's multiple."""
+    layout = pool.layout
+    strides = (pool.bytes.data_ptr(), pool.block_bytes, pool.layer_offset, layout.value_bytes)
+    return not any(stride % VECTOR_BYTES for stride in strides)
 
 
 @jit_unspecialised("num_rows", "num_window", "pool_slots", "window_pool_slots")
@@ -81,6 +109,8 @@ def attend(
     window_slots: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
+    partial: tl.tensor,
+    sums: tl.tensor,
     softmax_scale: tl.tensor,
     heads: tl.tensor,
     num_rows: tl.tensor,
@@ -99,65 +129,82 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PART_TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BF16: tl.constexpr,
 ) -> None:
-    """Shapes as in the package; rows beyond the lists' ends and negative slots are never read."""
-    row = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    """Shapes as in the package; rows beyond the lists' ends and negative slots are never read.
+
+    A part that is not WHOLE leaves partial f32 [B, parts, H, d], not yet divided, and sums f32
+    [B, parts, 2, H]: the largest score and the sum of weights. A tile belongs to one list: the window's
+    are the first.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    part = tl.program_id(0)
+    value_bytes: tl.constexpr = NOPE + 2 * (DIMS - NOPE)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_D)
     inside = (head < heads)[:, None] & (dim < DIMS)[None, :]
-    place = (row * heads + head)[:, None] * DIMS + dim[None, :]
-    query = tl.load(q + place, mask=inside, other=0.0)
+    # 32-bit places behind a scalar base: 64-bit ones, kept over the loop, took half the registers.
+    place = head[:, None] * DIMS + dim[None, :]
+    query = tl.load(q + row * heads * DIMS + place, mask=inside, other=0.0)
     if not BF16:
         query = query.to(tl.float32)
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for start in range(0, num_rows, BLOCK_N):
-        slot = load_slots(slots + row * num_rows, start, num_rows, pool_slots, BLOCK_N)
-        rows = load_row_tile(
-            pool, slot, pool_block_bytes, pool_offset, ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D
+    window_tiles = tl.cdiv(num_window, BLOCK_N)
+    last = tl.minimum((part + 1) * PART_TILES, window_tiles + tl.cdiv(num_rows, BLOCK_N))
+    for tile in range(part * PART_TILES, last):
+        # One loop over both lists: in two, values of the first are kept in registers over the second.
+        is_window = tile < window_tiles
+        index = (tile - tl.where(is_window, 0, window_tiles)) * BLOCK_N + tl.arange(0, BLOCK_N)
+        listed = tl.where(is_window, window_slots + row * num_window, slots + row * num_rows)
+        slot = tl.load(listed + index, mask=index < tl.where(is_window, num_window, num_rows), other=-1)
+        present = (slot >= 0) & (slot < tl.where(is_window, window_pool_slots, pool_slots))
+        slot = tl.where(present, slot, 0)
+        block = tl.where(is_window, slot // WINDOW_ENTRIES, slot // ENTRIES)
+        entry = tl.where(is_window, slot % WINDOW_ENTRIES, slot % ENTRIES)
+        plane = block * tl.where(is_window, window_block_bytes, pool_block_bytes)
+        plane = tl.multiple_of(plane + tl.where(is_window, window_offset, pool_offset), ALIGN)
+        entries = tl.where(is_window, WINDOW_ENTRIES, ENTRIES)
+        base = tl.where(is_window, window, pool)
+        value = tl.multiple_of(base + tl.multiple_of(plane + entry * value_bytes, ALIGN), ALIGN)
+        scale = base + tl.multiple_of(plane + entries * value_bytes + entry * SCALE_BYTES, 8)
+        if BF16 and SCALE_BYTES == 8:
+            rows = load_bf16_row_tile(value, scale, present, NOPE, DIMS, BLOCK_D)
+        else:
+            rows = decode_row_tile(value, scale, present, NOPE, DIMS, BLOCK_D)
+        top, total, acc = attend_tile(query, rows, present, softmax_scale, top, total, acc, BF16)
+    if WHOLE:
+        result = with_sink(
+            acc, top[:, None], total[:, None], tl.load(sinks + head, mask=head < heads)[:, None]
         )
-        top, total, acc = attend_tile(query, rows, slot, softmax_scale, top, total, acc, BF16)
-    for start in range(0, num_window, BLOCK_N):
-        slot = load_slots(window_slots + row * num_window, start, num_window, window_pool_slots, BLOCK_N)
-        rows = load_row_tile(
-            window, slot, window_block_bytes, window_offset, WINDOW_ENTRIES, NOPE, DIMS, SCALE_BYTES, BLOCK_D
-        )
-        top, total, acc = attend_tile(query, rows, slot, softmax_scale, top, total, acc, BF16)
-    sink = tl.load(sinks + head, mask=head < heads, other=0.0)
-    attended = top > float("-inf")
-    total += tl.exp(tl.where(attended, sink - top, 0.0))
-    result = tl.where(attended[:, None], acc / total[:, None], 0.0)
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
-
-
-@jit
-def load_slots(
-    slots: tl.tensor, start: tl.tensor, count: tl.tensor, pool_slots: tl.tensor, BLOCK_N: tl.constexpr
-) -> tl.tensor:
-    """The next BLOCK_N slots i64, -1 where there is none."""
-    index = start + tl.arange(0, BLOCK_N)
-    slot = tl.load(slots + index, mask=index < count, other=-1)
-    return tl.where((slot >= 0) & (slot < pool_slots), slot, -1)
+        tl.store(out + row * heads * DIMS + place, result.to(out.dtype.element_ty), mask=inside)
+    else:
+        at = row * tl.num_programs(0) + part
+        tl.store(partial + at * heads * DIMS + place, acc, mask=inside)
+        tl.store(sums + at * 2 * heads + head, top, mask=head < heads)
+        tl.store(sums + (at * 2 + 1) * heads + head, total, mask=head < heads)
 
 
 @jit
 def attend_tile(
     query: tl.tensor,
     rows: tl.tensor,
-    slot: tl.tensor,
+    present: tl.tensor,
     softmax_scale: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
     acc: tl.tensor,
     BF16: tl.constexpr,
 ) -> tl.tensor:
-    """One step of the online softmax: query [H, D], rows f32 [N, D], slot i64 [N]; a tile may be empty."""
+    """One step of the online softmax: query [H, D], rows [N, D], present bool [N]; a tile may be empty."""
     if BF16:
         rows = rows.to(tl.bfloat16)
     scores = tl.dot(query, tl.trans(rows), input_precision="tf32x3") * softmax_scale  # [H, N]
-    scores = tl.where((slot >= 0)[None, :], scores, float("-inf"))
+    scores = tl.where(present[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     base = tl.where(new_top > float("-inf"), new_top, 0.0)
     keep = tl.exp(top - base)
@@ -167,3 +214,46 @@ def attend_tile(
         p = p.to(tl.bfloat16)
     acc = tl.dot(p, rows, acc * keep[:, None], input_precision="tf32x3")
     return new_top, total, acc
+
+
+@jit_unspecialised("parts")
+def join_parts(
+    partial: tl.tensor,
+    sums: tl.tensor,
+    sinks: tl.tensor,
+    out: tl.tensor,
+    heads: tl.tensor,
+    parts: tl.tensor,
+    DIMS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """One head of one sequence: its parts in order, then the sink. Shapes as `attend` leaves them."""
+    row = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0)
+    dim = tl.arange(0, BLOCK_D)
+    top = -float("inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for part in range(parts):
+        at = row * parts + part
+        part_top = tl.load(sums + at * 2 * heads + head)
+        part_total = tl.load(sums + (at * 2 + 1) * heads + head)
+        read = dim < tl.where(part_top > -float("inf"), DIMS, 0)  # an empty part's values may be NaN
+        values = tl.load(partial + (at * heads + head) * DIMS + dim, mask=read, other=0.0)
+        new_top = tl.maximum(top, part_top)
+        base = tl.where(new_top > -float("inf"), new_top, 0.0)
+        keep = tl.exp(top - base)
+        weight = tl.exp(part_top - base)
+        acc = acc * keep + values * weight
+        total = total * keep + part_total * weight
+        top = new_top
+    result = with_sink(acc, top, total, tl.load(sinks + head))
+    tl.store(out + (row * heads + head) * DIMS + dim, result.to(out.dtype.element_ty), mask=dim < DIMS)
+
+
+@jit
+def with_sink(acc: tl.tensor, top: tl.tensor, total: tl.tensor, sink: tl.tensor) -> tl.tensor:
+    """The weighted sum over all weights and the sink's; zeros where no row was attended."""
+    attended = top > -float("inf")
+    total += tl.exp(tl.where(attended, sink - top, 0.0))
+    return tl.where(attended, acc / total, 0.0)
