@@ -1,6 +1,7 @@
 """A batch of sequences that decode together: started, timed over a window, and cancelled."""
 
 import asyncio
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -79,6 +80,17 @@ class Window:
     def grew(self, name: str, labels: str = "") -> float:
         """By how much a counter did."""
         return self.after.get((name, labels), 0.0) - self.before.get((name, labels), 0.0)
+
+    def quantile(self, name: str, share: float) -> float | None:
+        """The upper bound of the bucket that the quantile of a histogram without labels fell into.
+
+        None if nothing was recorded, or it lies beyond the last bound.
+        """
+        labels = sorted((label for known, label in self.after if known == f"{name}_bucket"), key=float)
+        counts = [(float(label), self.grew(f"{name}_bucket", label)) for label in labels]
+        least = share * counts[-1][1] if counts else 0.0
+        found = next((bound for bound, count in counts if count >= least > 0), math.inf)
+        return found if found < math.inf else None
 
 
 async def measure(system: System, case: Case, *, sequences: int, length: Length) -> Window:

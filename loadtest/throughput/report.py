@@ -23,6 +23,8 @@ COLUMNS = (
     ("prefetch_ms_predict", ",.2f"),
     ("prefetch_ms_load", ",.2f"),
     ("prefetch_ms_wait", ",.2f"),
+    ("boundary_to_commit_steps_p99", ",.0f"),
+    ("stall_share", ".2%"),
     ("late_plans", ".1%"),
     ("demand_bytes_per_token", ",.0f"),
     ("limited_by", ""),

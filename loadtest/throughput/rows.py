@@ -4,22 +4,21 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from forepage.worker.stalls import Stall
 from loadtest.quality.intervals import percentile
 from loadtest.throughput.case import Arm, Case
 from loadtest.throughput.measure import Window
 
 Row = dict[str, Any]
 LATENCY = "forepage_prefetch_latency_milliseconds"
+COMMIT_STEPS = "forepage_prefetch_commit_steps"
+STALLED = "forepage_decode_stalled_seconds_total"
+STALLS = tuple(stall.value for stall in Stall)
 LATE = "forepage_lookahead_late_plans_total"
 FROM_HOST = "forepage_host_to_device_bytes_total"
 TWO_TB = 2 * 10**12
 HOST_SHARE = 0.8
 """Of a host's memory, for the arena."""
-NOT_MEASURED = {
-    "prefetch_ms_queue": "the worker reports no time between a plan's arrival and the start of its load",
-    "boundary_to_commit_steps_p99": "the worker reports milliseconds of each plan, not steps",
-    "stall_share": "the worker counts no stalls",
-}
 WINDOW_COLUMNS = (
     "ttft_ms",
     "tokens_per_s",
@@ -29,17 +28,24 @@ WINDOW_COLUMNS = (
     "gpu_kv_bytes_index",
     "gpu_kv_bytes_other",
     "prefetch_ms_predict",
+    "prefetch_ms_queue",
     "prefetch_ms_load",
     "prefetch_ms_wait",
+    "boundary_to_commit_steps_p50",
+    "boundary_to_commit_steps_p99",
+    "stall_share",
     "late_plans",
     "itl_p99_vs_frozen",
     "demand_bytes_per_token",
 )
 PAGING_COLUMNS = (
-    *NOT_MEASURED,
     "prefetch_ms_predict",
+    "prefetch_ms_queue",
     "prefetch_ms_load",
     "prefetch_ms_wait",
+    "boundary_to_commit_steps_p50",
+    "boundary_to_commit_steps_p99",
+    "stall_share",
     "late_plans",
     "itl_p99_vs_frozen",
 )
@@ -58,7 +64,7 @@ def row_of(
 ) -> Row:
     """`found` is what was seen, or how it failed."""
     fits = int(host_bytes * HOST_SHARE // case.host_bytes)
-    why = dict(NOT_MEASURED)
+    why: dict[str, str] = {}
     row: Row = {
         "context_tokens": case.context_tokens,
         "arm": case.arm.value,
@@ -69,7 +75,6 @@ def row_of(
         "concurrency": sequences,
         **dict.fromkeys(WINDOW_COLUMNS),
         "host_bytes_per_sequence": case.host_bytes,
-        **dict.fromkeys(NOT_MEASURED),
         "limited_by": _limit(case, sequences, fits, batch1=batch1),
         "host_concurrency": min(sequences, fits),
         "host_concurrency_2tb": min(sequences, int(TWO_TB * HOST_SHARE // case.host_bytes)),
@@ -90,6 +95,7 @@ def _measured(case: Case, window: Window, sequences: int) -> Row:
     keys = held.key_blocks_total - held.key_blocks_free
     late, plans = window.grew(LATE), window.grew(f"{LATENCY}_count", "total")
     gaps = window.gaps_ms
+    stalled_s = sum(window.grew(STALLED, stall) for stall in STALLS)
     return {
         "ttft_ms": fmean(window.ttft_ms),
         "tokens_per_s": window.num_tokens / window.seconds,
@@ -99,8 +105,12 @@ def _measured(case: Case, window: Window, sequences: int) -> Row:
         "gpu_kv_bytes_index": keys * geometry.keys_bytes / sequences,
         "gpu_kv_bytes_other": geometry.fixed_bytes(case.prompt_tokens + case.plan.answer_tokens - 1),
         "prefetch_ms_predict": _phase(window, "predict"),
+        "prefetch_ms_queue": _phase(window, "queue"),
         "prefetch_ms_load": _phase(window, "load"),
         "prefetch_ms_wait": _phase(window, "wait"),
+        "boundary_to_commit_steps_p50": window.quantile(COMMIT_STEPS, 0.50),
+        "boundary_to_commit_steps_p99": window.quantile(COMMIT_STEPS, 0.99),
+        "stall_share": None if case.arm is Arm.FULL else stalled_s / (window.seconds * sequences),
         "late_plans": late / (late + plans) if late + plans else None,
         "itl_p99_vs_frozen": _p99(gaps) / _p99(window.frozen_gaps_ms)
         if gaps and window.frozen_gaps_ms

@@ -35,7 +35,7 @@ NO_RESUME_TOKENS = 1 << 24
 LOG_TAIL = 2000
 
 Counters = Mapping[tuple[str, str], float]
-"""A worker's metrics: (name, the values of its labels) -> value."""
+"""A worker's metrics: (name, the values of its labels, of a bucket its upper bound) -> value."""
 
 
 class StartError(Exception):
@@ -67,7 +67,7 @@ class System:
         found: dict[tuple[str, str], float] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                labels = {k: v for k, v in sample.labels.items() if k.startswith("forepage_") and k != "le"}
+                labels = {k: v for k, v in sample.labels.items() if k == "le" or k.startswith("forepage_")}
                 key = (sample.name, ",".join(labels[name] for name in sorted(labels)))
                 found[key] = found.get(key, 0.0) + sample.value
         return found

@@ -97,6 +97,7 @@ class Attr(StrEnum):
     DROPPED_BLOCKS = "forepage.lookahead.dropped_blocks"
     RESIDENT_BLOCKS = "forepage.lookahead.resident_blocks"
     LATENCY_MS = "forepage.prefetch.latency_ms"
+    COMMIT_STEPS = "forepage.prefetch.commit_steps"
     PHASE = "forepage.prefetch.phase"
     OUTCOME = "forepage.lookahead.outcome"
     FALLBACK = "forepage.fallback"
@@ -120,6 +121,8 @@ class MetricName(StrEnum):
     REQUESTS_RUNNING = "forepage.requests.running"
     REFUSALS = "forepage.refusals"
     PREFETCH_LATENCY = "forepage.prefetch.latency"
+    COMMIT_STEPS = "forepage.prefetch.commit_steps"
+    STALLED = "forepage.decode.stalled"
     PREFETCH_BYTES = "forepage.prefetch.bytes"
     DEMAND_BYTES = "forepage.demand.bytes"
     LATE_PLANS = "forepage.lookahead.late_plans"
@@ -164,6 +167,12 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     MetricName.REQUESTS_RUNNING: ("updown", "{request}", "Requests in flight"),
     MetricName.REFUSALS: ("counter", "{request}", "Requests refused, by reason"),
     MetricName.PREFETCH_LATENCY: ("histogram", "ms", "Boundary to commit, in all and by phase"),
+    MetricName.COMMIT_STEPS: (
+        "histogram",
+        "{step}",
+        "A sequence's decode steps from a boundary to the commit of its plan",
+    ),
+    MetricName.STALLED: ("counter", "s", "Time in which paging kept a sequence from decoding, by reason"),
     MetricName.PREFETCH_BYTES: ("counter", "By", "Bytes loaded because a plan asked for them"),
     MetricName.DEMAND_BYTES: ("counter", "By", "Bytes of rows pulled within a step"),
     MetricName.LATE_PLANS: ("counter", "{plan}", "Plans that came after the step that should have used them"),
@@ -368,6 +377,7 @@ def _updown(meter: Meter, name: MetricName) -> UpDownCounter:
 _BUCKETS: dict[str, list[float]] = {
     "s": [*(0.01 * 2**power for power in range(14)), 327.68, 1310.72, 5242.88, 20971.52, 83886.08],
     "ms": [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000],
+    "{step}": [*range(9), 10, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024],
     "1": [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0],
 }
 

@@ -38,6 +38,9 @@ def test_every_arm_decodes_its_history_and_leaves_a_whole_row(tmp_path: Path) ->
         assert (row["gpu_kv_bytes_c4"] < whole) == (arm != "full")
         assert (row["gpu_kv_bytes_index"] < keys) == (arm in ("lookahead", "guarded"))
     assert any(row["prefetch_ms_load"] for row in result["rows"])
+    paged = [row for row in result["rows"] if row["arm"] != "full"]
+    assert all(row["boundary_to_commit_steps_p50"] <= row["boundary_to_commit_steps_p99"] for row in paged)
+    assert all(row["prefetch_ms_queue"] >= 0 and row["stall_share"] >= 0 for row in paged)
     assert all((row["itl_p99_vs_frozen"] is None) == (row["arm"] == "full") for row in result["rows"])
     assert (tmp_path / "throughput.md").read_text().count("\n| 8,192 |") == 10
     assert (tmp_path / "throughput.png").stat().st_size > 10_000

@@ -5,9 +5,12 @@ from itertools import pairwise, product
 import pytest
 
 from forepage.kv.geometry import V4_FLASH
+from forepage.rpc import worker_pb2 as pb
 from forepage.settings import WorkerSettings
 from forepage.worker.gpu_blocks import PoolSizes
 from loadtest.throughput.case import Arm, Case, Plan
+from loadtest.throughput.measure import Window
+from loadtest.throughput.system import Counters
 from loadtest.throughput.trace import Trace
 
 PLAN = Plan(
@@ -75,3 +78,34 @@ def test_a_trace_keeps_its_overlap_and_its_budget(num_candidates: int) -> None:
 def test_a_trace_wants_no_more_than_there_is() -> None:
     assert Trace(60, 64, 0.85).blocks(5, 0) == [0, 1, 2, 3, 4]
     assert Trace(60, 64, 0.85).blocks(0, 0) == []
+
+
+def window(before: Counters, after: Counters) -> Window:
+    return Window(1.0, 0, [], [], before, after, pb.DescribeReply(), [])
+
+
+def test_a_quantile_is_the_bound_of_the_bucket_that_grew_over_it() -> None:
+    name = "steps"
+    before = {
+        (f"{name}_bucket", "0.0"): 7.0,
+        (f"{name}_bucket", "10.0"): 8.0,
+        (f"{name}_bucket", "+Inf"): 9.0,
+    }
+    grown = {
+        (f"{name}_bucket", "0.0"): 57.0,
+        (f"{name}_bucket", "2.0"): 97.0,
+        (f"{name}_bucket", "10.0"): 108.0,
+    }
+    seen = window(before, grown | {(f"{name}_bucket", "+Inf"): 109.0})
+    assert [seen.quantile(name, share) for share in (0.01, 0.50, 0.51, 0.97, 0.98, 1.0)] == [
+        0,
+        0,
+        2,
+        2,
+        10,
+        10,
+    ]
+    beyond = window(before, grown | {(f"{name}_bucket", "+Inf"): 110.0})
+    assert beyond.quantile(name, 1.0) is None, "beyond the last bound"
+    assert seen.quantile("other", 0.5) is None
+    assert window(before, before).quantile(name, 0.5) is None, "nothing was recorded"

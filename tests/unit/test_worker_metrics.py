@@ -121,13 +121,14 @@ def test_a_prefetch_sample_leads_to_the_trace_of_its_request(metrics: InMemoryMe
         points = data_points(metrics, MetricName.PREFETCH_LATENCY)
         assert {point.attributes[Attr.PHASE] for point in points} == {
             "predict",
+            "queue",
             "load",
             "wait",
             "commit",
             "total",
         }
         trace_id = running.sequence.span.get_span_context().trace_id
-        assert [{one.trace_id for one in point.exemplars} for point in points] == [{trace_id}] * 5
+        assert [{one.trace_id for one in point.exemplars} for point in points] == [{trace_id}] * 6
 
 
 def test_gauges_show_blocks_and_sequences_as_they_are(metrics: InMemoryMetricReader) -> None:

@@ -290,7 +290,8 @@ class Lookahead:
             position=sequence.num_processed - 1,
             mode=sequence.mode_now.value,
         )
-        return Question(interval, time.monotonic(), span, telemetry.start_span(SpanName.PREDICT, span))
+        predict_span = telemetry.start_span(SpanName.PREDICT, span)
+        return Question(interval, time.monotonic(), sequence.num_processed, span, predict_span)
 
     def _layers(self, sequence: Sequence) -> list[int]:
         num_c4 = len(self._parts.geometry.c4_layers)

@@ -25,10 +25,14 @@ class Outcome(StrEnum):
 
 @dataclass
 class Question:
-    """A prediction asked for and not yet applied; `late` once it has been counted as such."""
+    """A prediction asked for and not yet applied; `late` once it has been counted as such.
+
+    `asked_tokens`: how many the sequence had processed then, the boundary's step included.
+    """
 
     interval: int
     asked_s: float
+    asked_tokens: int
     span: Span
     predict_span: Span
     answered_s: float | None = None

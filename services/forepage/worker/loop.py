@@ -20,7 +20,7 @@ from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode
 from forepage.telemetry import SpanName, fail_span, set_attributes
-from forepage.worker.admission import Admission, free_device
+from forepage.worker.admission import Admission
 from forepage.worker.auditing import Auditing
 from forepage.worker.decode import Decode
 from forepage.worker.events import failed_event, finished_event, refuse, started_event, tokens_event
@@ -31,9 +31,11 @@ from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
 from forepage.worker.questions import num_candidates
 from forepage.worker.quota import shrink_promise
+from forepage.worker.release import try_release
 from forepage.worker.residency import Residency
 from forepage.worker.sampler import Pick, sample
 from forepage.worker.sequence import Phase, Sequence
+from forepage.worker.stalls import Stalls
 from forepage.worker.watching import give_views
 from forepage.worker.write_back import WriteBack
 
@@ -61,6 +63,7 @@ class Loop:
         self._lookahead = Lookahead(parts, self._auditing, self._residency, self._full_by_room)
         self._prefill = Prefill(parts, self._write_back)
         self._decode = Decode(parts, self._lookahead, self._write_back)
+        self._stalls = Stalls(parts.telemetry)
         self._num_ahead = parts.ahead_steps
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
         self.broken: BaseException | None = None
@@ -157,6 +160,7 @@ class Loop:
             self._guarded(sequence, self._advance)
         self._admit()
         self._release_ended()
+        self._stalls.tick(self._live.values())
         prefills = [s for s in self._live.values() if s.phase is Phase.PREFILL]
         decodes = self._ready()
         if prefills and (self._prefill_turn or not decodes):
@@ -354,29 +358,7 @@ class Loop:
         self._ending.append(sequence)
 
     def _release_ended(self) -> None:
-        self._ending = [sequence for sequence in self._ending if not self._try_release(sequence)]
-
-    def _try_release(self, sequence: Sequence) -> bool:
-        load = sequence.lookahead.load
-        if sequence.num_unread:
-            return False
-        if sequence.grant is not None:
-            if not sequence.grant.done():
-                return False
-            sequence.take_unused_grant()
-        if (load and not load.future.done()) or (sequence.prefix_load and not sequence.prefix_load.done()):
-            return False
-        if sequence.arena.writing:
-            return False
-        if load and sequence.device is not None:
-            self._parts.blocks.rows.free(load.row_ids.values())
-            self._parts.blocks.keys.free(load.key_ids.values())
-            sequence.lookahead.load = None
-        free_device(self._parts, sequence)
-        self._parts.arena.release(sequence.arena.all_refs(), sequence.span)
-        sequence.span.end()
-        sequence.released.set()
-        return True
+        self._ending = [sequence for sequence in self._ending if not try_release(self._parts, sequence)]
 
     def _check_blocked(self, sequence: Sequence) -> None:
         """Paused, or unable to grow: it may wait for room as long as an admission may."""

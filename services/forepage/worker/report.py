@@ -89,6 +89,7 @@ class Report:
     missed_mass: Mean = field(default_factory=Mean)
     recall_at_k: Mean = field(default_factory=Mean)
     latency_ms: Mean = field(default_factory=Mean)
+    commit_steps: Mean = field(default_factory=Mean)
     footprint: Mean = field(default_factory=Mean)
     c4_footprint: Mean = field(default_factory=Mean)
     audited_positions: set[int] = field(default_factory=set)
@@ -116,6 +117,7 @@ class Report:
     paged_steps: int = 0
     exact_steps: int = 0
     paused_ms: float = 0.0
+    stalled_ms: float = 0.0
     footprint_flash: Mean = field(default_factory=Mean)
     chosen: Mean = field(default_factory=Mean)
     seen_blocks: set[int] | None = None
@@ -185,6 +187,7 @@ class Report:
             paged_steps=self.paged_steps,
             exact_steps=self.exact_steps,
             paused_ms=int(self.paused_ms),
+            stalled_ms=int(self.stalled_ms),
             plan_source=PROTO_OF_SOURCE[request.plan_source],
             footprint_flash=self.footprint_flash.value or 0.0,
             chosen_blocks_mean=self.chosen.value or 0.0,
@@ -200,6 +203,8 @@ class Report:
             ("recall_at_k_mean", self.recall_at_k.value),
             ("prefetch_latency_ms_mean", self.latency_ms.value),
             ("prefetch_latency_ms_max", self.latency_ms.largest if self.latency_ms.count else None),
+            ("commit_steps_mean", self.commit_steps.value),
+            ("commit_steps_max", int(self.commit_steps.largest) if self.commit_steps.count else None),
         ):
             if value is not None:
                 setattr(report, name, value)

@@ -64,7 +64,9 @@ class Residency:
             budget_blocks=budget,
             slack_blocks=parts.settings.load_slack_blocks,
         )
-        if question is not None:
+        if question is not None and question.answered_s is not None:
+            queue_ms = (time.monotonic() - question.answered_s) * 1e3
+            parts.telemetry.record(MetricName.PREFETCH_LATENCY, queue_ms, span=question.span, phase="queue")
             parts.telemetry.count(MetricName.CACHE_HITS, len(change.keep), cache="plan")
             parts.telemetry.count(MetricName.CACHE_MISSES, len(change.load), cache="plan")
             set_attributes(question.span, desired_blocks=len(desired), loaded_blocks=len(change.load))
@@ -295,10 +297,16 @@ class Residency:
         self._parts.telemetry.record(
             MetricName.PREFETCH_LATENCY, latency_ms, span=question.span, phase="total"
         )
+        # steps launched behind the boundary's, and with the set of before; the first plan has no boundary
+        steps = sequence.num_launched - question.asked_tokens
+        if question.interval > 0:
+            sequence.report.commit_steps.add(steps)
+            self._parts.telemetry.record(MetricName.COMMIT_STEPS, steps, span=question.span)
         set_attributes(
             question.span,
             outcome=outcome.value,
             latency_ms=latency_ms,
+            commit_steps=steps,
             resident_blocks=sequence.resident.num_resident,
         )
         question.span.end()
