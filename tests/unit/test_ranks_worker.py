@@ -15,13 +15,14 @@ from forepage.worker.commands import (
     DecodeStep,
     EditTable,
     Load,
+    PrefillMore,
     PrefillStep,
     Restore,
     SetTable,
     Stop,
     Table,
 )
-from rigs.worker import WorkerRig, text_tokens, wants, worker_rig
+from rigs.worker import WorkerRig, decode_until, text_tokens, wants, worker_rig
 
 PROMPT_TOKENS = 1500
 EVERY_COMMAND: list[Command] = [
@@ -31,6 +32,8 @@ EVERY_COMMAND: list[Command] = [
     Load((BlockLoad(1 << 40, 1, 2, 3), BlockLoad(0, key_id=7))),
     Restore(1, 512, (0, 65_536)),
     PrefillStep(0, 256, tuple(range(512))),
+    PrefillStep(0, 256, tuple(range(512)), 3, 7),
+    PrefillMore(5),
     DecodeStep((0, 1), (700, 3), (5, 6)),
     ConfirmLoads(),
     Stop(),
@@ -71,6 +74,23 @@ def check_same_memory(rig: WorkerRig) -> None:
             assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)), item.name
         for table in Table:
             assert torch.equal(ours.tables[table], other.tables[table]), table
+
+
+def test_every_rank_does_the_parts_of_a_chunk_that_rank_0_does() -> None:
+    with worker_rig(num_ranks=2, prefill_stretch=1.01) as rig:
+        running = rig.submit(text_tokens(60), max_tokens=100)
+        decode_until(rig, running, 2)
+        sliced = rig.submit(text_tokens(300), max_tokens=1, salt="sliced")
+        rig.run_until(lambda: rig.ranks[0].has_chunk)
+        check_same_memory(rig)
+        assert all(rank.has_chunk for rank in rig.ranks)
+        rig.run_until(lambda: sliced.is_over)
+        assert sliced.finished is not None, sliced.failed
+        check_same_memory(rig)
+        assert not any(rank.has_chunk for rank in rig.ranks)
+        rig.loop.cancel(running.sequence)
+        rig.run_until(lambda: rig.loop.num_sequences == 0)
+        rig.check_baseline()
 
 
 def test_two_ranks_say_what_one_says_in_every_mode() -> None:

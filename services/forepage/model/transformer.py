@@ -7,7 +7,7 @@ nothing back to the host and allocates shapes from its arguments only, so it can
 Call both under `torch.inference_mode`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,10 @@ class StepOutput:
     pulled_rows: Tensor  # i64 [B] rows pulled from the arena, all layers together
     unserved_rows: Tensor  # i64 [B] selected rows that were neither resident nor pullable: 0 in a sound step
     prompt_evidence: Tensor | None = None  # f32 [blocks] of a prefill that was asked for it
+
+
+PrefillParts = Generator[None, None, StepOutput]
+"""A chunk that is processed in parts, an attention or a feed-forward each; other steps may come between."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,11 @@ class Transformer:
             streams = self._feed_forward(layer, streams, tokens)
         return record.output(self._logits(streams))
 
+    @property
+    def num_prefill_parts(self) -> int:
+        """Parts of every chunk: the attention and the feed-forward of each layer."""
+        return 2 * len(self._layers)
+
     def prefill(
         self,
         tokens: Tensor,
@@ -133,6 +142,26 @@ class Transformer:
         """Process tokens i64 [S] of one sequence; the output is the last token's, or every token's.
 
         `evidence_tokens`: of so many of the last ones `prompt_evidence` says where they looked, in any layer.
+        """
+        parts = self.prefill_parts(
+            tokens, chunk, pools, all_logits=all_logits, evidence_tokens=evidence_tokens
+        )
+        output = advance_prefill(parts, self.num_prefill_parts)
+        assert output is not None
+        return output
+
+    def prefill_parts(
+        self,
+        tokens: Tensor,
+        chunk: PrefillChunk,
+        pools: KvPools,
+        *,
+        all_logits: bool = False,
+        evidence_tokens: int = 0,
+    ) -> PrefillParts:
+        """The same part by part, for `advance_prefill`; how many are done at a time does not change a bit.
+
+        Until the last one the sequence is between two tokens: nothing else may step it or change its tables.
         """
         step = PrefillStep.plan(chunk, tokens.shape[0], self.geometry, self._frequencies)
         layers = PoolLayers(self.geometry, pools)
@@ -147,7 +176,10 @@ class Transformer:
                 num_blocks = self.geometry.num_blocks(chunk.start + tokens.shape[0])
                 record.add_evidence(prompt_evidence(attended.tap, evidence_tokens, num_blocks))
             streams = expand(attended.out, streams, mix)
+            yield
             streams = self._feed_forward(layer, streams, tokens)
+            if layer_idx + 1 < len(self._layers):
+                yield
         return record.output(self._logits(streams[wanted]))
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -162,6 +194,17 @@ class Transformer:
         """[n, S, D] -> f32 [n, vocab]."""
         y = self._hyper_head.collapse(streams)
         return F.linear(rms_norm(y, self._norm, self.spec.norm_eps).float(), self._head)
+
+
+def advance_prefill(parts: PrefillParts, num_parts: int) -> StepOutput | None:
+    """Do so many parts more, at most those that are left; the chunk's output with the last."""
+    try:
+        for _ in range(num_parts):
+            next(parts)
+    except StopIteration as end:
+        output: StepOutput = end.value
+        return output
+    return None
 
 
 class _Record:

@@ -16,6 +16,8 @@ from forepage.errors import IntegrityError
 
 VERSION = 1
 SKIP = -1
+ALL_PARTS = 1 << 16
+"""More than a prefill chunk has."""
 
 
 class Table(StrEnum):
@@ -87,13 +89,25 @@ class Restore:
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """Process consecutive tokens of one sequence from `start` on, and say where the last ones looked."""
+    """Process consecutive tokens of one sequence from `start` on, and say where the last ones looked.
+
+    With `num_parts` only so many parts of it; a chunk under way is forgotten when another begins.
+    """
 
     OP: ClassVar[str] = "prefill"
     slot: int
     start: int
     tokens: tuple[int, ...]
     evidence_tokens: int = 0
+    num_parts: int = ALL_PARTS
+
+
+@dataclass(frozen=True)
+class PrefillMore:
+    """Process so many parts more of the prefill chunk under way."""
+
+    OP: ClassVar[str] = "prefill_more"
+    num_parts: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,8 @@ class Stop:
     OP: ClassVar[str] = "stop"
 
 
-Command = SetTable | EditTable | ClearSlot | Load | Restore | PrefillStep | DecodeStep | ConfirmLoads | Stop
+Step = PrefillStep | PrefillMore | DecodeStep
+Command = SetTable | EditTable | ClearSlot | Load | Restore | Step | ConfirmLoads | Stop
 _BY_OP: dict[str, type[Command]] = {
     kind.OP: kind
     for kind in (
@@ -130,6 +145,7 @@ _BY_OP: dict[str, type[Command]] = {
         Load,
         Restore,
         PrefillStep,
+        PrefillMore,
         DecodeStep,
         ConfirmLoads,
         Stop,

@@ -15,6 +15,7 @@ from forepage.kv.geometry import C4_RATIO
 from forepage.telemetry import MetricName
 from forepage.worker.launched_step import DecodeRow, LaunchedStep
 from forepage.worker.lookahead import Lookahead
+from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import held_quota
 from forepage.worker.report import StepView
@@ -47,8 +48,9 @@ class _Unread:
 class Decode:
     """Steps batches; the tokens it reads are for the loop to emit."""
 
-    def __init__(self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack) -> None:
+    def __init__(self, parts: WorkerParts, lookahead: Lookahead, write_back: WriteBack, pace: Pace) -> None:
         self._parts = parts
+        self._pace = pace
         self._lookahead = lookahead
         self._write_back = write_back
         self._unread: deque[_Unread] = deque()
@@ -76,7 +78,9 @@ class Decode:
         for sequence in batch:
             self._grow(sequence)
         rows = [self._row(sequence) for sequence in batch]
-        step = self._parts.device.decode(rows)
+        device = self._parts.device
+        with device.stopwatch.time(self._pace.saw_decode):
+            step = device.decode(rows)
         for fallback in step.fallbacks:
             self._parts.telemetry.count(MetricName.FALLBACKS, fallback=fallback)
         launched = zip(batch, rows, strict=True)

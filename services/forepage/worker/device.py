@@ -27,9 +27,11 @@ from forepage.worker.commands import (
     DecodeStep,
     EditTable,
     Load,
+    PrefillMore,
     PrefillStep,
     Restore,
     SetTable,
+    Step,
     Stop,
     Table,
     decode_batch,
@@ -41,6 +43,7 @@ from forepage.worker.launched_step import DecodeRow, EagerStep, LaunchedStep
 from forepage.worker.padded_decode import PaddedDecode
 from forepage.worker.rank_device import LoadState, RankDevice
 from forepage.worker.rank_link import RankLink
+from forepage.worker.stopwatch import Stopwatch
 
 HEARTBEAT_S = 1.0
 """Other ranks hear from rank 0 at least so often; one that hears nothing for long gives up."""
@@ -68,11 +71,17 @@ class Device:
         self._loads: list[Future[None]] = []
         """What callers wait for, beside `local.loads`."""
         self._sent_s = time.monotonic()
+        self.stopwatch = Stopwatch(local.memory.device)
 
     @property
     def spec(self) -> ModelSpec:
         """The model's."""
         return self.local.model.spec
+
+    @property
+    def num_prefill_parts(self) -> int:
+        """Of every chunk: it can be cut between any two."""
+        return self.local.model.num_prefill_parts
 
     @property
     def description(self) -> str:
@@ -135,9 +144,18 @@ class Device:
         self._loads.append(future)
         return future
 
-    def prefill(self, slot: int, start: int, tokens: Seq[int], *, evidence_tokens: int = 0) -> StepOutput:
-        """Process consecutive tokens of one sequence; the last one's output, and where some looked."""
-        return self._step(PrefillStep(slot, start, tuple(tokens), evidence_tokens))
+    def begin_prefill(
+        self, slot: int, start: int, tokens: Seq[int], *, evidence_tokens: int, num_parts: int
+    ) -> StepOutput | None:
+        """Process consecutive tokens of one sequence, or the first parts of that; one chunk at a time.
+
+        With the last part: the last token's output, and where some looked.
+        """
+        return self._step(PrefillStep(slot, start, tuple(tokens), evidence_tokens, num_parts))
+
+    def continue_prefill(self, num_parts: int) -> StepOutput | None:
+        """So many more parts of the chunk under way; its output with the last."""
+        return self._step(PrefillMore(num_parts))
 
     def decode(self, rows: Seq[DecodeRow]) -> LaunchedStep:
         """Process one token of each sequence and pick the next ones."""
@@ -146,6 +164,7 @@ class Device:
         tokens = [self._last_tokens[row.slot] if row.token is None else row.token for row in rows]
         slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
         output = self._step(DecodeStep(slots, positions, tuple(tokens)))
+        assert output is not None
         is_cpu = self.local.memory.device.type == "cpu"
         step = EagerStep.sampled(output, rows, fallbacks=() if is_cpu else ("eager_decode",))
         self._last_tokens |= {row.slot: pick.token for row, pick in zip(rows, step.result.picks, strict=True)}
@@ -195,14 +214,12 @@ class Device:
             self._unsent.append(command)
         self.local.run(command)
 
-    def _step(self, command: PrefillStep | DecodeStep) -> StepOutput:
+    def _step(self, command: Step) -> StepOutput | None:
         """The other ranks are told first: in the step they and we wait for each other."""
         if self._link is not None:
             self._unsent.append(command)
             self._send(self._link)
-        output = self.local.run(command)
-        assert output is not None
-        return output
+        return self.local.run(command)
 
     def _send(self, link: RankLink) -> None:
         batch, self._unsent = self._unsent, []

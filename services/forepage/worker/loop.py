@@ -1,15 +1,16 @@
 """The worker's loop: one thread that owns every sequence and the device. Read this top-down.
 
-Each turn: take in messages, commit what has arrived, admit, then one step: a prefill chunk or a decode
-step for the whole batch, in turns when both are due. On a GPU the step of a turn is launched before that of
-the turn before is read, so the device never waits for the host. Nothing in it waits for another process; it
-sleeps only when no sequence can take a step.
+Each turn: take in messages, commit what has arrived, admit, then one step: a prefill chunk (beside decode
+steps a slice of one: pace.py) or a decode step for the whole batch, in turns when both are due. On a GPU the
+step of a turn is launched before that of the turn before is read, so the device never waits for the host.
+Nothing in it waits for another process; it sleeps only when no sequence can take a step.
 """
 
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 
@@ -27,6 +28,7 @@ from forepage.worker.events import failed_event, finished_event, refuse, started
 from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.inbox import Inbox, Message
 from forepage.worker.lookahead import Lookahead
+from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import Prefill, PrefillEnd
 from forepage.worker.questions import num_candidates
@@ -61,8 +63,9 @@ class Loop:
         self._residency = Residency(parts, self._full_by_room)
         self._auditing = Auditing(parts, arena)
         self._lookahead = Lookahead(parts, self._auditing, self._residency, self._full_by_room)
-        self._prefill = Prefill(parts, self._write_back)
-        self._decode = Decode(parts, self._lookahead, self._write_back)
+        pace = Pace(parts.device.num_prefill_parts, parts.settings.prefill_stretch)
+        self._prefill = Prefill(parts, self._write_back, pace)
+        self._decode = Decode(parts, self._lookahead, self._write_back, pace)
         self._stalls = Stalls(parts.telemetry)
         self._num_ahead = parts.ahead_steps
         self._thread = threading.Thread(target=self._run, name="loop", daemon=True)
@@ -161,11 +164,11 @@ class Loop:
         self._admit()
         self._release_ended()
         self._stalls.tick(self._live.values())
-        prefills = [s for s in self._live.values() if s.phase is Phase.PREFILL]
-        decodes = self._ready()
-        if prefills and (self._prefill_turn or not decodes):
-            self._read_steps(0)
-            self._guarded(prefills[0], self._prefill_step)
+        prefill, decodes = self._prefill.choose(self._live.values()), self._ready()
+        if prefill is not None and (self._prefill_turn or not decodes):
+            if not decodes:
+                self._read_steps(0)
+            self._guarded(prefill, partial(self._prefill_step, beside_decode=bool(decodes)))
         elif decodes:
             self._decode_step(decodes)
         elif self._decode.num_unread:
@@ -226,8 +229,8 @@ class Loop:
                 break
         self._full_by_room.is_room_wanted = self._admission.num_waiting > 0
 
-    def _prefill_step(self, sequence: Sequence) -> None:
-        end = self._prefill.step(sequence)
+    def _prefill_step(self, sequence: Sequence, *, beside_decode: bool) -> None:
+        end = self._prefill.step(sequence, beside_decode=beside_decode)
         if end is None:
             return
         self._emit_token(sequence, sample(end.logits, [sequence.sampling_row(sequence.num_processed)])[0])

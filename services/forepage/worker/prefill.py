@@ -5,14 +5,18 @@ request that resumes there computes the rest in the same pieces. The prompt's ta
 its tokens look is what the first plans keep (model/prompt_evidence.py).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from forepage.model.transformer import StepOutput
 from forepage.settings import WorkerSettings
 from forepage.telemetry import SpanName, set_attributes
+from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
-from forepage.worker.sequence import Sequence, StepTap
+from forepage.worker.sequence import Phase, Sequence, StepTap
 from forepage.worker.write_back import WriteBack
 
 
@@ -58,44 +62,92 @@ class ChunkRule:
         return num_tokens % self.resume_every == 0 or num_tokens == self.last_point
 
 
-class Prefill:
-    """Runs one chunk at a time of one sequence."""
+@dataclass
+class _Chunk:
+    """A chunk under way: tokens start..end-1 of a sequence, and how many of its parts are done."""
 
-    def __init__(self, parts: WorkerParts, write_back: WriteBack) -> None:
+    sequence: Sequence
+    start: int
+    end: int
+    parts_done: int = 0
+
+
+class Prefill:
+    """Owner of the chunk under way. Beside decode steps a chunk is done in slices, as the pace allows."""
+
+    def __init__(self, parts: WorkerParts, write_back: WriteBack, pace: Pace) -> None:
         self._parts = parts
         self._write_back = write_back
+        self._pace = pace
+        self._chunk: _Chunk | None = None
 
-    def step(self, sequence: Sequence) -> PrefillEnd | None:
-        """One chunk; the end of the prompt gives its logits and taps."""
-        parts, settings = self._parts, self._parts.settings
+    def choose(self, sequences: Iterable[Sequence]) -> Sequence | None:
+        """Whose turn it is: the one whose chunk is under way, else the first that has a prompt to process."""
+        if self._chunk is not None and self._chunk.sequence.phase is Phase.PREFILL:
+            return self._chunk.sequence
+        return next((sequence for sequence in sequences if sequence.phase is Phase.PREFILL), None)
+
+    def step(self, sequence: Sequence, *, beside_decode: bool) -> PrefillEnd | None:
+        """A chunk, or beside decode steps a slice; the end of the prompt gives its logits and taps."""
         if sequence.stage_span is None:
-            sequence.stage_span = parts.telemetry.start_span(SpanName.WORKER_PREFILL, sequence.span)
-        block, prompt = parts.geometry.block_tokens, len(sequence.request.prompt)
-        start = sequence.num_processed
-        rule = ChunkRule.of(prompt, settings, block)
-        end = rule.next_end(start)
-        self._grow(sequence, end)
-        asked = end - max(start, prompt - settings.prompt_tokens) if sequence.uses_prompt_evidence else 0
-        output = parts.device.prefill(
-            sequence.holds.slot, start, sequence.tokens[start:end], evidence_tokens=max(0, asked)
-        )
+            sequence.stage_span = self._parts.telemetry.start_span(SpanName.WORKER_PREFILL, sequence.span)
+        if self._chunk is None or self._chunk.sequence is not sequence:
+            rule = self._rule(sequence)
+            self._chunk = _Chunk(sequence, sequence.num_processed, rule.next_end(sequence.num_processed))
+        chunk = self._chunk
+        output = self._advance(chunk, beside_decode=beside_decode)
+        if output is None:
+            return None
+        self._chunk = None
+        return self._end_of_chunk(sequence, chunk.end, output)
+
+    def _advance(self, chunk: _Chunk, *, beside_decode: bool) -> StepOutput | None:
+        """The next parts; the chunk's output with the last."""
+        device, pace, sequence = self._parts.device, self._pace, chunk.sequence
+        num_tokens, first = chunk.end - chunk.start, chunk.parts_done
+        device.stopwatch.settle()
+        count = pace.next_parts(num_tokens, first, beside_decode=beside_decode)
+        chunk.parts_done += count
+        if first == 0:
+            self._grow(sequence, chunk.end)
+        with device.stopwatch.time(partial(pace.saw_parts, num_tokens, first, count)):
+            if first:
+                return device.continue_prefill(count)
+            tail_start = len(sequence.request.prompt) - self._parts.settings.prompt_tokens
+            asked = chunk.end - max(chunk.start, tail_start) if sequence.uses_prompt_evidence else 0
+            return device.begin_prefill(
+                sequence.holds.slot,
+                chunk.start,
+                sequence.tokens[chunk.start : chunk.end],
+                evidence_tokens=max(0, asked),
+                num_parts=count,
+            )
+
+    def _end_of_chunk(self, sequence: Sequence, end: int, output: StepOutput) -> PrefillEnd | None:
+        """Account for it, and write its finished blocks back."""
+        prompt = len(sequence.request.prompt)
         if output.prompt_evidence is not None:
             sequence.lookahead.add_prompt_evidence(output.prompt_evidence.tolist())
         sequence.num_processed = end
         self._write_back.store_finished(sequence)
-        if rule.is_resume_point(end):
+        if self._rule(sequence).is_resume_point(end):
             self._write_back.take_snapshot(sequence)
             self._write_back.store_resume(sequence)
         if end < prompt:
             return None
         sequence.report.workspace_blocks = sequence.resident.num_resident
-        set_attributes(sequence.stage_span, input_tokens=prompt, cached_tokens=sequence.cached_tokens)
-        sequence.stage_span.end()
-        sequence.stage_span = None
+        if sequence.stage_span is not None:
+            set_attributes(sequence.stage_span, input_tokens=prompt, cached_tokens=sequence.cached_tokens)
+            sequence.stage_span.end()
+            sequence.stage_span = None
         tap = StepTap(output.hidden[0], output.indexer, 0)
         if sequence.report.reads is not None:
             sequence.report.reads.add_step(tap.indexer, tap.row)
         return PrefillEnd(output.logits, tap)
+
+    def _rule(self, sequence: Sequence) -> ChunkRule:
+        parts = self._parts
+        return ChunkRule.of(len(sequence.request.prompt), parts.settings, parts.geometry.block_tokens)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Blocks for every token up to `num_tokens`; all of them were promised."""

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from forepage.model.kv_pools import DecodeBatch
 from forepage.model.resume import restore
-from forepage.model.transformer import StepOutput, Transformer
+from forepage.model.transformer import PrefillParts, StepOutput, Transformer, advance_prefill
 from forepage.worker.commands import (
     ClearSlot,
     Command,
     DecodeStep,
     EditTable,
     Load,
+    PrefillMore,
     PrefillStep,
     Restore,
     SetTable,
@@ -43,9 +44,17 @@ class RankDevice:
         self._arena = arena
         self.loads: list[Future[None]] = []
         """Started and not yet settled with the other ranks, in the order of their commands."""
+        self._chunk: PrefillParts | None = None
+        """The prefill chunk under way, of the sequence in `_chunk_slot`."""
+        self._chunk_slot: int | None = None
+
+    @property
+    def has_chunk(self) -> bool:
+        """Whether a prefill chunk is under way: begun, and not all of its parts done."""
+        return self._chunk is not None
 
     def run(self, command: Command) -> StepOutput | None:
-        """Carry out one command; a step gives its output. Loads only start here."""
+        """Carry out one command; a step gives its output (a prefill with its last part), a load starts."""
         match command:
             case SetTable():
                 self.memory.set_table(command.table, command.slot, command.values)
@@ -53,12 +62,17 @@ class RankDevice:
                 self.memory.edit_table(command.table, command.slot, command.places, command.values)
             case ClearSlot():
                 self.memory.clear_slot(command.slot)
+                if command.slot == self._chunk_slot:
+                    self._chunk = self._chunk_slot = None
             case Load():
                 self.loads.append(self.copies.load(command.loads))
             case Restore():
                 self._restore(command)
             case PrefillStep():
-                return self._prefill(command)
+                self._begin_prefill(command)
+                return self._advance_prefill(command.num_parts)
+            case PrefillMore():
+                return self._advance_prefill(command.num_parts)
             case DecodeStep():
                 return self._decode(command)
             case _:
@@ -87,12 +101,20 @@ class RankDevice:
         payload = torch.cat(parts)[: geometry.resume_bytes].to(memory.device)
         restore(memory.pools, command.slot, command.num_tokens, geometry, payload)
 
-    def _prefill(self, command: PrefillStep) -> StepOutput:
+    def _begin_prefill(self, command: PrefillStep) -> None:
         self.memory.flush()
         chunk = self.memory.prefill_chunk(command.slot, command.start, len(command.tokens))
-        return self.model.prefill(
+        self._chunk_slot = command.slot
+        self._chunk = self.model.prefill_parts(
             self._tokens(command.tokens), chunk, self.memory.pools, evidence_tokens=command.evidence_tokens
         )
+
+    def _advance_prefill(self, num_parts: int) -> StepOutput | None:
+        assert self._chunk is not None
+        output = advance_prefill(self._chunk, num_parts)
+        if output is not None:
+            self._chunk = self._chunk_slot = None
+        return output
 
     def _decode(self, command: DecodeStep) -> StepOutput:
         self.memory.flush()
