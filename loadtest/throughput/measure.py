@@ -102,13 +102,13 @@ async def measure(system: System, case: Case, *, sequences: int, length: Length)
         stub = worker_pb2_grpc.DecodeWorkerStub(channel)
         streams = [Stream(time.perf_counter()) for _ in range(sequences)]
         tasks = [
-            asyncio.create_task(_read(stub, _request(system, case, number), stream))
+            asyncio.create_task(follow(stub, request_of(system, case, number), stream))
             for number, stream in enumerate(streams)
         ]
         try:
-            await _watch(streams, 0.0, length.warm_tokens, length.start_s)
+            await wait_for(streams, 0.0, length.warm_tokens, length.start_s)
             before, begin_s = await asyncio.to_thread(system.counters), time.perf_counter()
-            await _watch(streams, length.window_s, length.window_tokens, length.start_s)
+            await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
             end_s = time.perf_counter()
             after = await asyncio.to_thread(system.counters)
             held: pb.DescribeReply = await stub.Describe(pb.DescribeRequest(), timeout=CALL_S)
@@ -117,20 +117,21 @@ async def measure(system: System, case: Case, *, sequences: int, length: Length)
                 with system.index_stopped():
                     await asyncio.sleep(SETTLE_S)
                     frozen_s = time.perf_counter()
-                    await _watch(streams, length.window_s, length.window_tokens, length.start_s)
-                    frozen = _all_gaps(streams, frozen_s, time.perf_counter())
+                    await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
+                    frozen = all_gaps(streams, frozen_s, time.perf_counter())
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with suppress(grpc.aio.AioRpcError):
-                await _idle(stub)
-    gaps = _all_gaps(streams, begin_s, end_s)
+                await wait_idle(stub)
+    gaps = all_gaps(streams, begin_s, end_s)
     ttft = [(stream.arrivals[0][0] - stream.asked_s) * 1e3 for stream in streams]
     return Window(end_s - begin_s, len(gaps), gaps, ttft, before, after, held, frozen)
 
 
-def _request(system: System, case: Case, number: int) -> pb.GenerateRequest:
+def request_of(system: System, case: Case, number: int) -> pb.GenerateRequest:
+    """One of the sequences that decode the history."""
     source = PlanSource.RECENCY if case.arm is Arm.DEMAND else PlanSource.MEMORY_INDEXER
     return pb.GenerateRequest(
         request_id=f"{case.arm}-{number}",
@@ -146,7 +147,8 @@ def _request(system: System, case: Case, number: int) -> pb.GenerateRequest:
     )
 
 
-async def _read(stub: worker_pb2_grpc.DecodeWorkerStub, request: pb.GenerateRequest, stream: Stream) -> None:
+async def follow(stub: worker_pb2_grpc.DecodeWorkerStub, request: pb.GenerateRequest, stream: Stream) -> None:
+    """Ask, and write down in `stream` what comes, until it ends."""
     try:
         async for event in stub.Generate(request):
             if event.HasField("tokens"):
@@ -168,7 +170,7 @@ def _check(streams: list[Stream]) -> None:
             raise WindowError("a sequence ended before the window did: raise --answer-tokens")
 
 
-async def _watch(streams: list[Stream], seconds: float, num_tokens: int, patience_s: float) -> None:
+async def wait_for(streams: list[Stream], seconds: float, num_tokens: int, patience_s: float) -> None:
     """Let them decode so long, and each so many tokens. Raises: as `_check`, WindowError out of patience."""
     begin_s = time.perf_counter()
     wanted = [stream.num_tokens + num_tokens for stream in streams]
@@ -185,7 +187,8 @@ async def _watch(streams: list[Stream], seconds: float, num_tokens: int, patienc
         await asyncio.sleep(POLL_S)
 
 
-def _all_gaps(streams: list[Stream], begin_s: float, end_s: float) -> list[float]:
+def all_gaps(streams: list[Stream], begin_s: float, end_s: float) -> list[float]:
+    """Milliseconds that each token which came in this time was behind the one before it."""
     return [gap for stream in streams for gap in _gaps(stream, begin_s, end_s)]
 
 
@@ -198,7 +201,7 @@ def _gaps(stream: Stream, begin_s: float, end_s: float) -> list[float]:
     ]
 
 
-async def _idle(stub: worker_pb2_grpc.DecodeWorkerStub) -> None:
+async def wait_idle(stub: worker_pb2_grpc.DecodeWorkerStub) -> None:
     """Until the worker holds nothing of what was cancelled."""
     deadline_s = time.perf_counter() + CALL_S
     while time.perf_counter() < deadline_s:

@@ -1,4 +1,4 @@
-"""throughput.json, and the Markdown table and picture made from it; written again after every row."""
+"""throughput.json, and the Markdown tables and picture made from it; written again after every row."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,29 @@ from typing import Any
 from loadtest.throughput.case import Arm
 from loadtest.throughput.rows import Row
 
-COLUMNS = (
+Columns = tuple[tuple[str, str], ...]
+"""Name in the row, and how it is formatted."""
+PREFILL_COLUMNS: Columns = (
+    ("context_tokens", ","),
+    ("arm", ""),
+    ("concurrency", ","),
+    ("prompt_tokens", ","),
+    ("prefill_chunk_tokens", ","),
+    ("prefill_share", ".0%"),
+    ("itl_p50_ms_before", ",.2f"),
+    ("itl_p99_ms_before", ",.2f"),
+    ("itl_p50_ms_during", ",.2f"),
+    ("itl_p99_ms_during", ",.2f"),
+    ("itl_p99_ms_after", ",.2f"),
+    ("itl_p50_during_vs_before", ".2f"),
+    ("itl_p99_during_vs_before", ".2f"),
+    ("tokens_per_s", ",.1f"),
+    ("tokens_per_s_during", ",.1f"),
+    ("prefill_tokens_per_s", ",.0f"),
+    ("prefill_blocks_finished", ","),
+    ("prefill_blocks_stored", ","),
+)
+DECODE_COLUMNS: Columns = (
     ("context_tokens", ","),
     ("arm", ""),
     ("concurrency", ","),
@@ -33,6 +55,13 @@ COLUMNS = (
 )
 
 
+TABLES: dict[str, tuple[str, Columns]] = {
+    "decode": ("Decoding", DECODE_COLUMNS),
+    "prefill": ("Beside a long prompt", PREFILL_COLUMNS),
+}
+"""By what a row measures: a heading and the columns of its table."""
+
+
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """throughput.json, .md and .png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,24 +71,39 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A head and a table; `-` is a figure whose reason is in the JSON file."""
+    """A head, and a table for each kind of row; `-` is a figure whose reason is in the JSON file."""
     lines = [
         f"# {result['what']}\n",
         f"`{result['command']}`, {result['date']}, {result['device']}.\n",
         f"{result['config']['notes']}\n",
-        "| " + " | ".join(name for name, _ in COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(_cell(row, *column) for column in COLUMNS) + " |" for row in result["rows"]),
     ]
+    for measures, (heading, columns) in TABLES.items():
+        rows = [row for row in result["rows"] if _measures(row) == measures]
+        lines += _table(heading, columns, rows) if rows else []
     return "\n".join(lines) + "\n"
 
 
+def _measures(row: Row) -> str:
+    """What the row is about; of older files all are about decoding."""
+    return str(row.get("measures", "decode"))
+
+
+def _table(heading: str, columns: Columns, rows: Sequence[Row]) -> list[str]:
+    return [
+        f"## {heading}\n",
+        "| " + " | ".join(name for name, _ in columns) + " |",
+        "|---" * len(columns) + "|",
+        *("| " + " | ".join(_cell(row, *column) for column in columns) + " |" for row in rows),
+        "",
+    ]
+
+
 def _cell(row: Row, name: str, form: str) -> str:
-    return "-" if row[name] is None else format(row[name], form)
+    return "-" if row.get(name) is None else format(row[name], form)
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Tokens a second and concurrency by context, an arm a line; batch 1 beside them."""
+    """Of the rows about decoding: tokens a second and concurrency by context, an arm a line, and batch 1."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -73,7 +117,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             points = [
                 (row["context_tokens"] / 1024, row[name])
                 for row in rows
-                if row["arm"] == arm and row["batch1"] == batch1 and row[name] is not None
+                if _measures(row) == "decode"
+                and (row["arm"], row["batch1"]) == (arm, batch1)
+                and row[name] is not None
             ]
             points.sort()
             panel.plot(

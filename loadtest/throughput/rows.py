@@ -66,6 +66,7 @@ def row_of(
     fits = int(host_bytes * HOST_SHARE // case.host_bytes)
     why: dict[str, str] = {}
     row: Row = {
+        "measures": "decode",
         "context_tokens": case.context_tokens,
         "arm": case.arm.value,
         "batch1": batch1,

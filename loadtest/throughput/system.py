@@ -75,9 +75,18 @@ class System:
 
 @asynccontextmanager
 async def running_system(
-    model: ModelSettings, folder: ModelFolder, case: Case, *, sequences: int, device: str
+    model: ModelSettings,
+    folder: ModelFolder,
+    case: Case,
+    *,
+    sequences: int,
+    device: str,
+    changes: Mapping[str, str] | None = None,
 ) -> AsyncIterator[System]:
-    """Everything up, the history written. Raises: StartError with the end of a process's log."""
+    """Everything up, the history written; `changes` of the processes' settings go over the case's own.
+
+    Raises: StartError with the end of a process's log.
+    """
     ports = dict(zip(("coldpool", "index", "worker", "metrics"), _free_ports(4), strict=True))
     address = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
     trace = Trace(case.budget_blocks, case.plan.interval_steps, case.plan.overlap)
@@ -87,6 +96,7 @@ async def running_system(
         "worker": ["-m", "forepage", "worker"],
     }
     environ = _environ(model, case, sequences=sequences, device=device, address=address, ports=ports)
+    environ |= changes or {}
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         started: dict[str, subprocess.Popen[bytes]] = {}
@@ -115,6 +125,14 @@ async def running_system(
             await client.close()
 
 
+def arena_slots(case: Case, sequences: int) -> int:
+    """Of the history, and of what so many sequences that read it write themselves."""
+    geometry = case.geometry
+    resume_parts = -(-geometry.resume_bytes // geometry.slot_bytes)
+    own = case.total_blocks - case.prompt_blocks + 3 * resume_parts + 2
+    return case.total_blocks + resume_parts + sequences * own + SPARE_SLOTS
+
+
 def _environ(
     model: ModelSettings,
     case: Case,
@@ -126,9 +144,7 @@ def _environ(
 ) -> dict[str, str]:
     geometry, plan = case.geometry, case.plan
     key_share, c128_share = case.shares(sequences)
-    resume_parts = -(-geometry.resume_bytes // geometry.slot_bytes)
-    own = case.total_blocks - case.prompt_blocks + 3 * resume_parts + 2
-    slots = case.total_blocks + resume_parts + sequences * own + SPARE_SLOTS
+    slots = arena_slots(case, sequences)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FOREPAGE_", "OTEL_"))}
     return kept | {
         "FOREPAGE_INSTANCE": f"throughput-{os.getpid()}",

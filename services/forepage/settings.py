@@ -243,11 +243,12 @@ class WorkerSettings(_Section):
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
     prefill_chunk_tokens: int = Field(512, ge=128, multiple_of=128, description="tokens of a prefill step")
-    prefill_stretch: float | None = Field(
-        1.8,
-        gt=1.0,
-        le=100.0,
-        description="times longer a decode step may get beside a prefill, which is sliced for it; none: any",
+    prefill_share: float = Field(
+        0.45,
+        ge=0.0,
+        le=1.0,
+        description="of the time, for prefill while others decode; 0.5: a token takes up to twice as long, "
+        "1: a chunk is never cut",
     )
     resume_every_tokens: int = Field(
         16_384, ge=256, multiple_of=256, description="distance of resume records"

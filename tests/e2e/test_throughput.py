@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from loadtest.throughput import prefill
 from loadtest.throughput.__main__ import main
 from loadtest.throughput.case import Arm
 
@@ -44,3 +45,28 @@ def test_every_arm_decodes_its_history_and_leaves_a_whole_row(tmp_path: Path) ->
     assert all((row["itl_p99_vs_frozen"] is None) == (row["arm"] == "full") for row in result["rows"])
     assert (tmp_path / "throughput.md").read_text().count("\n| 8,192 |") == 10
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
+
+
+def test_a_prompt_beside_decodes_leaves_its_row_among_the_others(tmp_path: Path) -> None:
+    earlier_row = {"context_tokens": 1, "arm": "full", "batch1": True, "concurrency": 1, "tokens_per_s": 1.0}
+    earlier = {"command": "before", "rows": [earlier_row]}
+    (tmp_path / "throughput.json").write_text(json.dumps(earlier))
+    options = (
+        "--model tiny --device cpu --contexts 2048 --arms lookahead --kv-bytes 30000000 --footprint 0.25 "
+        "--recent-tokens 512 --slack-blocks 2 --interval-steps 4 --answer-tokens 512 --sequences 1 "
+        "--warm-tokens 2 --window-tokens 6 --window-s 0 --prompt-tokens 1100 --chunk-tokens 256 --add"
+    )
+    assert prefill.main(["--out", str(tmp_path), *options.split()]) == 0
+    result = json.loads((tmp_path / "throughput.json").read_text())
+    kept, row = result["rows"]
+    assert kept == earlier_row
+    assert row["measures"] == "prefill"
+    assert set(prefill.COLUMNS) <= set(row)
+    assert row["why"].keys() == {name for name, value in row.items() if value is None}
+    assert row["itl_p99_during_vs_before"] == row["itl_p99_ms_during"] / row["itl_p99_ms_before"]
+    assert row["tokens_per_s_during"] > 0
+    assert row["prefill_tokens_per_s"] > 0
+    assert 0 <= row["prefill_blocks_stored"] <= row["prefill_blocks_finished"] <= 4
+    tables = (tmp_path / "throughput.md").read_text()
+    assert tables.count("\n| 2,048 | lookahead | 1 | 1,100 | 256 | 45% |") == 1
+    assert "## Decoding" in tables

@@ -328,7 +328,7 @@ def worker_rig(
         "max_running": 4,
         "load_slack_blocks": 4,
         "prefill_chunk_tokens": 512,
-        "prefill_stretch": None,  # chunks at once: which turn does what is then no matter of time
+        "prefill_share": 1.0,  # chunks at once: which turn does what is then no matter of time
         "admission_timeout_s": 5.0,
         "escalation_reserve_bytes": 1 << 20,
     }

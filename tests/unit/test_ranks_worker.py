@@ -77,7 +77,7 @@ def check_same_memory(rig: WorkerRig) -> None:
 
 
 def test_every_rank_does_the_parts_of_a_chunk_that_rank_0_does() -> None:
-    with worker_rig(num_ranks=2, prefill_stretch=1.01) as rig:
+    with worker_rig(num_ranks=2, prefill_share=0.01) as rig:
         running = rig.submit(text_tokens(60), max_tokens=100)
         decode_until(rig, running, 2)
         sliced = rig.submit(text_tokens(300), max_tokens=1, salt="sliced")

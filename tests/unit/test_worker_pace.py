@@ -76,7 +76,7 @@ def test_as_many_parts_as_fit_and_never_none(expected_ms: list[float], budget_ms
 
 
 def test_a_slice_is_as_long_as_a_step_may_grow_by() -> None:
-    pace = Pace(40, stretch=1.8)
+    pace = Pace(40, share=0.45)
     assert pace.next_parts(512, 0, beside_decode=True) == 1, "nothing is known yet"
     pace.saw_parts(512, 0, 1, 2.0)
     assert pace.next_parts(512, 1, beside_decode=True) == 1, "no decode step is known yet"
@@ -84,11 +84,11 @@ def test_a_slice_is_as_long_as_a_step_may_grow_by() -> None:
     assert pace.next_parts(512, 1, beside_decode=True) == 8, "16 ms; parts not seen take what the others do"
     assert pace.next_parts(512, 37, beside_decode=True) == 3, "no more than are left"
     assert pace.next_parts(512, 1, beside_decode=False) == 39
-    assert Pace(40, stretch=None).next_parts(512, 1, beside_decode=True) == 39
+    assert Pace(40, share=1.0).next_parts(512, 1, beside_decode=True) == 39
 
 
 def test_a_few_outliers_move_nothing() -> None:
-    pace = Pace(4, stretch=2.0)
+    pace = Pace(4, share=0.5)
     for took_ms in (900.0, 1.0, 1.0, 900.0, 1.0):
         pace.saw_parts(512, 0, 4, 4 * took_ms)
     for took_ms in (2.0, 500.0, 2.0):
@@ -97,7 +97,7 @@ def test_a_few_outliers_move_nothing() -> None:
 
 
 def test_chunks_of_other_sizes_are_expected_to_take_no_less() -> None:
-    pace = Pace(10, stretch=2.0)
+    pace = Pace(10, share=0.5)
     pace.saw_decode(8.0)
     pace.saw_parts(512, 0, 10, 20.0)
     assert pace.next_parts(1, 0, beside_decode=True) == 4, "as of a large one, until one was seen"
@@ -108,7 +108,7 @@ def test_chunks_of_other_sizes_are_expected_to_take_no_less() -> None:
 
 
 def test_decode_steps_come_between_slices_of_a_chunk() -> None:
-    with worker_rig(prefill_stretch=1.8) as rig:
+    with worker_rig(prefill_share=0.45) as rig:
         device = rig.parts.device
         device.stopwatch = ScriptedWatch(part_ms=4.0)
         running = rig.submit(SHORT, max_tokens=200)
@@ -122,8 +122,8 @@ def test_decode_steps_come_between_slices_of_a_chunk() -> None:
         end(rig, running)
 
 
-def test_without_a_stretch_a_chunk_is_never_cut() -> None:
-    with worker_rig(prefill_stretch=None) as rig:
+def test_with_all_of_the_time_a_chunk_is_never_cut() -> None:
+    with worker_rig(prefill_share=1.0) as rig:
         running = rig.submit(SHORT, max_tokens=60)
         decode_until(rig, running, 5)
         slices = [turn for turn in beside(rig, running) if turn != "step"]
@@ -134,11 +134,11 @@ def test_without_a_stretch_a_chunk_is_never_cut() -> None:
 def test_slices_change_no_token(mode: ResidencyMode) -> None:
     """A prompt alone, and one sliced beside another's decode steps: the same answer, the same blocks."""
     answers = []
-    for stretch in (None, 1.8):
-        with worker_rig(prefill_stretch=stretch, kv_format="fp32", kv_bytes=64 << 20) as rig:
+    for share in (1.0, 0.45):
+        with worker_rig(prefill_share=share, kv_format="fp32", kv_bytes=64 << 20) as rig:
             rig.index.auto = wants(1)
             rig.parts.device.stopwatch = ScriptedWatch(part_ms=3.0)
-            if stretch:
+            if share < 1.0:
                 other = rig.submit(SHORT, max_tokens=300, salt="other")
                 decode_until(rig, other, 3)
             running = rig.submit(LONG[:1300], mode=mode, max_tokens=8)
@@ -151,7 +151,7 @@ def test_slices_change_no_token(mode: ResidencyMode) -> None:
 
 
 def test_a_prompt_cancelled_within_a_chunk_leaves_nothing_and_the_next_begins_anew() -> None:
-    with worker_rig(prefill_stretch=1.8) as rig:
+    with worker_rig(prefill_share=0.45) as rig:
         rig.parts.device.stopwatch = ScriptedWatch(part_ms=20.0)
         alone = rig.submit(LONG[:900], max_tokens=4, salt="alone")
         rig.run(alone)

@@ -57,6 +57,7 @@ async def watched(rig: WorkerRig) -> AsyncIterator[tuple[rpc.DecodeWorkerStub, D
 
 def test_a_view_follows_the_resident_set_through_a_sequences_life(rig: WorkerRig) -> None:
     phases: set[int] = set()
+    stored: list[int] = []
     rig.index.auto = wants(1, 3)
     running = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=40)
 
@@ -68,11 +69,15 @@ def test_a_view_follows_the_resident_set_through_a_sequences_life(rig: WorkerRig
         assert view.pinned_from == (held.pinned_from if held else 0)
         assert view.processed_tokens == sequence.num_processed
         assert view.generated_tokens == len(running.tokens)
+        stored.append(view.stored_blocks)
         return len(running.tokens) >= 30
 
     rig.run_until(looked)
     assert {pb.SEQUENCE_PHASE_WAITING, pb.SEQUENCE_PHASE_PREFILL, pb.SEQUENCE_PHASE_DECODE} <= phases
     assert blocks_of(view_of(running.sequence)) == {1, 3, *range(running.sequence.resident.pinned_from, 9)}
+    assert stored == sorted(stored)
+    assert {0, 2} < set(stored), "a chunk's blocks go to the cold pool when it is done"
+    assert stored[-1] == 8
     rig.run(running)
 
 

@@ -357,7 +357,7 @@ class WatchFrame(_message.Message):
     def __init__(self, worker: _Optional[_Union[DescribeReply, _Mapping]] = ..., sequences: _Optional[_Iterable[_Union[WatchedSequence, _Mapping]]] = ...) -> None: ...
 
 class WatchedSequence(_message.Message):
-    __slots__ = ("request_id", "phase", "mode", "prompt_tokens", "cached_tokens", "processed_tokens", "generated_tokens", "num_blocks", "pinned_from", "resident", "loading_block_idx", "prefetched_block_idx", "missed_block_idx", "read_block_idx", "budget_blocks", "interval", "evidence_recall", "prefetch_latency_ms", "kv_footprint", "late_plans", "escalations", "prefetch_bytes", "demand_bytes")
+    __slots__ = ("request_id", "phase", "mode", "prompt_tokens", "cached_tokens", "processed_tokens", "generated_tokens", "num_blocks", "pinned_from", "resident", "loading_block_idx", "prefetched_block_idx", "missed_block_idx", "read_block_idx", "budget_blocks", "interval", "evidence_recall", "prefetch_latency_ms", "kv_footprint", "late_plans", "escalations", "prefetch_bytes", "demand_bytes", "stored_blocks")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -381,6 +381,7 @@ class WatchedSequence(_message.Message):
     ESCALATIONS_FIELD_NUMBER: _ClassVar[int]
     PREFETCH_BYTES_FIELD_NUMBER: _ClassVar[int]
     DEMAND_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     phase: SequencePhase
     mode: ResidencyMode
@@ -404,4 +405,5 @@ class WatchedSequence(_message.Message):
     escalations: int
     prefetch_bytes: int
     demand_bytes: int
-    def __init__(self, request_id: _Optional[str] = ..., phase: _Optional[_Union[SequencePhase, str]] = ..., mode: _Optional[_Union[ResidencyMode, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., pinned_from: _Optional[int] = ..., resident: _Optional[bytes] = ..., loading_block_idx: _Optional[_Iterable[int]] = ..., prefetched_block_idx: _Optional[_Iterable[int]] = ..., missed_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., budget_blocks: _Optional[int] = ..., interval: _Optional[int] = ..., evidence_recall: _Optional[float] = ..., prefetch_latency_ms: _Optional[float] = ..., kv_footprint: _Optional[float] = ..., late_plans: _Optional[int] = ..., escalations: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., demand_bytes: _Optional[int] = ...) -> None: ...
+    stored_blocks: int
+    def __init__(self, request_id: _Optional[str] = ..., phase: _Optional[_Union[SequencePhase, str]] = ..., mode: _Optional[_Union[ResidencyMode, str]] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., processed_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., pinned_from: _Optional[int] = ..., resident: _Optional[bytes] = ..., loading_block_idx: _Optional[_Iterable[int]] = ..., prefetched_block_idx: _Optional[_Iterable[int]] = ..., missed_block_idx: _Optional[_Iterable[int]] = ..., read_block_idx: _Optional[_Iterable[int]] = ..., budget_blocks: _Optional[int] = ..., interval: _Optional[int] = ..., evidence_recall: _Optional[float] = ..., prefetch_latency_ms: _Optional[float] = ..., kv_footprint: _Optional[float] = ..., late_plans: _Optional[int] = ..., escalations: _Optional[int] = ..., prefetch_bytes: _Optional[int] = ..., demand_bytes: _Optional[int] = ..., stored_blocks: _Optional[int] = ...) -> None: ...

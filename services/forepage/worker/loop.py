@@ -63,7 +63,7 @@ class Loop:
         self._residency = Residency(parts, self._full_by_room)
         self._auditing = Auditing(parts, arena)
         self._lookahead = Lookahead(parts, self._auditing, self._residency, self._full_by_room)
-        pace = Pace(parts.device.num_prefill_parts, parts.settings.prefill_stretch)
+        pace = Pace(parts.device.num_prefill_parts, parts.settings.prefill_share)
         self._prefill = Prefill(parts, self._write_back, pace)
         self._decode = Decode(parts, self._lookahead, self._write_back, pace)
         self._stalls = Stalls(parts.telemetry)

@@ -17,10 +17,10 @@ Lately = deque[float]
 class Pace:
     """Owner of the measurements; milliseconds throughout."""
 
-    def __init__(self, num_parts: int, stretch: float | None) -> None:
-        """`num_parts` of a chunk; `stretch`: times longer that a decode step may get, None: no matter how."""
+    def __init__(self, num_parts: int, share: float) -> None:
+        """`num_parts` of a chunk; `share` of the time is prefill's while others decode, 1: no matter how much."""
         self._num_parts = num_parts
-        self._stretch = stretch
+        self._share = share
         self._decode_ms: Lately = deque(maxlen=DECODE_STEPS)
         self._part_ms: dict[int, list[Lately]] = {}
         """By size of the chunk, a power of two that holds its tokens, and part."""
@@ -38,12 +38,12 @@ class Pace:
     def next_parts(self, num_tokens: int, first: int, *, beside_decode: bool) -> int:
         """How many parts from `first` on come next of a chunk of so many tokens; all if nobody waits."""
         left = self._num_parts - first
-        if self._stretch is None or not beside_decode:
+        if self._share == 1.0 or not beside_decode:
             return left
         expected_ms = self._expected_ms(num_tokens)
         if expected_ms is None or not self._decode_ms:
             return 1
-        return parts_within(expected_ms[first:], median(self._decode_ms) * (self._stretch - 1))
+        return parts_within(expected_ms[first:], median(self._decode_ms) * self._share / (1 - self._share))
 
     def _expected_ms(self, num_tokens: int) -> list[float] | None:
         """By part: of chunks as large, else of the next larger ones, else of smaller ones in proportion."""

@@ -52,6 +52,7 @@ def view_of(sequence: Sequence) -> pb.WatchedSequence:
         escalations=report.escalations,
         prefetch_bytes=report.prefetch_bytes,
         demand_bytes=report.demand_bytes,
+        stored_blocks=len(sequence.arena.ref_by_block),
         read_block_idx=sorted(report.reads.newest) if report.reads is not None else (),
     )
     if sequence.device is not None:
