@@ -21,7 +21,7 @@ from forepage.model.weights import load_or_seed
 from forepage.settings import SEEDED_MODEL, ModelSettings, WeightDtype
 from forepage.telemetry import open_telemetry
 from forepage.worker.assembly import ModelFolder
-from forepage.worker.commands import BlockLoad, PrefillStep, Table
+from forepage.worker.commands import ALL_PARTS, BlockLoad, PrefillMore, PrefillStep, Table
 from forepage.worker.copy_engine import BlockStore, CopyEngine
 from forepage.worker.gpu_blocks import PoolSizes
 from forepage.worker.kv_memory import KvMemory
@@ -102,8 +102,18 @@ class DecodeRig:
         self.copies.close()
         self.telemetry.close()
 
-    def add(self, prompt: Seq[int], sampling: Sampling = GREEDY) -> Held:
-        """Prefill a sequence; its full blocks go to the arena, its last token waits for the first step."""
+    def add(
+        self,
+        prompt: Seq[int],
+        sampling: Sampling = GREEDY,
+        *,
+        parts_at_once: int = ALL_PARTS,
+        between: Callable[[], object] = int,
+    ) -> Held:
+        """Prefill a sequence; its full blocks go to the arena, its last token waits for the first step.
+
+        So many parts at once, and `between` is called between two of them.
+        """
         slot = len(self.held)
         one = Held(slot, len(prompt) - 1, prompt[-1], sampling)
         self.held.append(one)
@@ -114,7 +124,10 @@ class DecodeRig:
         self.memory.set_table(Table.ROWS, slot, list(one.rows.values()))
         self.memory.set_table(Table.KEYS, slot, list(one.keys.values()))
         self.memory.set_table(Table.C128, slot, c128)
-        self.local.run(PrefillStep(slot, 0, tuple(prompt[:-1])))
+        self.local.run(PrefillStep(slot, 0, tuple(prompt[:-1]), num_parts=parts_at_once))
+        while self.local.has_chunk:
+            between()
+            self.local.run(PrefillMore(parts_at_once))
         full = (len(prompt) - 1) // self.geometry.block_tokens
         one.offsets = {idx: (slot * self.blocks_each + idx) * self.geometry.slot_bytes for idx in range(full)}
         stores = [

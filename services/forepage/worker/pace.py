@@ -18,7 +18,7 @@ class Pace:
     """Owner of the measurements; milliseconds throughout."""
 
     def __init__(self, num_parts: int, share: float) -> None:
-        """`num_parts` of a chunk; `share` of the time is prefill's while others decode, 1: no matter how much."""
+        """`num_parts` of a chunk; `share` of the time is prefill's while others decode, 1: any."""
         self._num_parts = num_parts
         self._share = share
         self._decode_ms: Lately = deque(maxlen=DECODE_STEPS)
