@@ -141,7 +141,10 @@ class MetricName(StrEnum):
     DAMAGED = "forepage.coldpool.damaged_records"
     DIRECTORY_DROPPED = "forepage.coldpool.directory_writes_dropped"
     PREFIX_TOKENS = "forepage.prefix.tokens"
+    PREFILL_TOKENS = "forepage.prefill.tokens"
     ROOM_MOVES = "forepage.room.moves"
+    ROOM_MOVE_TIME = "forepage.room.move_time"
+    ROOM_BYTES = "forepage.room.bytes"
     SEQUENCES = "forepage.worker.sequences"
     CACHE_HITS = "forepage.cache.hits"
     CACHE_MISSES = "forepage.cache.misses"
@@ -204,6 +207,17 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     MetricName.DAMAGED: ("counter", "{record}", "Records refused because of their checksum"),
     MetricName.DIRECTORY_DROPPED: ("counter", "{write}", "Directory writes lost while Redis was down"),
     MetricName.ROOM_MOVES: ("counter", "{move}", "Sequences kept full by room, paged for others, and back"),
+    MetricName.ROOM_MOVE_TIME: (
+        "histogram",
+        "ms",
+        "From the decision of such a move to its commit, by reason",
+    ),
+    MetricName.ROOM_BYTES: (
+        "counter",
+        "By",
+        "Bytes of the device that such moves loaded or dropped, by reason",
+    ),
+    MetricName.PREFILL_TOKENS: ("counter", "{token}", "Prompt tokens that were processed"),
     MetricName.DECODE_GRAPHS: ("updown", "{graph}", "CUDA graphs of decode steps kept"),
     MetricName.DECODE_GRAPH_BYTES: ("updown", "By", "Device memory of the pool that decode graphs share"),
     MetricName.PREFIX_TOKENS: ("counter", "{token}", "Prompt tokens that were not prefilled again"),

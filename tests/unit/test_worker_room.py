@@ -1,11 +1,17 @@
 """Full by room: kept while nobody waits, paged for one who does, and back when there is room again."""
 
+from functools import cache
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from forepage.settings import ResidencyMode
+from forepage.telemetry import Attr, MetricName
+from forepage.worker.full_by_room import who_leaves
+from forepage.worker.quota import Quota
 from forepage.worker.sequence import Room
+from rigs.gateways import data_points
 from rigs.worker import WorkerRig, decode_until, text_tokens, wants, worker_rig
 
 PROMPT = text_tokens(2_100)
@@ -15,6 +21,7 @@ LOOKAHEAD, GUARDED, EXACT, FULL = (
     ResidencyMode.EXACT,
     ResidencyMode.FULL,
 )
+GUEST = text_tokens(300, 3)
 BLOCKS = 11
 """Of a prompt of 2,100 tokens and the 600 that follow."""
 
@@ -31,8 +38,30 @@ def sizes(blocks: int) -> dict[str, Any]:
     return {"kv_bytes": kv_bytes, "escalation_reserve_bytes": 0, "load_slack_blocks": 1}
 
 
+def row_sizes(rows: int) -> dict[str, Any]:
+    """Settings of a worker with so many row blocks, and keys and c128 rows enough for all."""
+    with worker_rig(kv_format="fp32") as rig:
+        geometry = rig.parts.geometry
+    keys, c128 = 6 * BLOCKS * geometry.keys_bytes, 6 * BLOCKS * geometry.c128_bytes
+    kv_bytes = rows * geometry.rows_bytes + keys + c128 + 2
+    shares = {"key_share": keys / kv_bytes, "c128_share": c128 / kv_bytes}
+    return {"kv_bytes": kv_bytes, "escalation_reserve_bytes": 0, "load_slack_blocks": 1} | shares
+
+
+@cache
+def tokens_of_full(max_tokens: int) -> list[int]:
+    with worker_rig(kv_bytes=64 << 20, kv_format="fp32") as rig:
+        full = rig.submit(PROMPT, mode=FULL, max_tokens=max_tokens)
+        rig.run(full)
+        return full.tokens
+
+
+def values(metrics: InMemoryMetricReader, name: MetricName) -> dict[Any, Any]:
+    return {point.attributes[Attr.REASON]: point.value for point in data_points(metrics, name)}
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("mode", [LOOKAHEAD, GUARDED])
+@pytest.mark.parametrize("mode", [LOOKAHEAD, GUARDED, EXACT])
 def test_with_room_nothing_is_dropped_and_nothing_asked(mode: ResidencyMode, ahead: int) -> None:
     with worker_rig(full_share=1.0, ahead_steps=ahead, padded=bool(ahead)) as rig:
         rig.index.auto = wants(1, 3)
@@ -47,12 +76,75 @@ def test_with_room_nothing_is_dropped_and_nothing_asked(mode: ResidencyMode, ahe
         rig.check_baseline()
 
 
-def test_exact_by_request_is_never_kept() -> None:
-    with worker_rig(full_share=1.0) as rig:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_exact_leaves_full_by_dropping_returns_by_loading_and_gives_the_tokens_of_full(ahead: int) -> None:
+    metrics = InMemoryMetricReader()
+    settings = {"ahead_steps": ahead, "padded": bool(ahead), "kv_format": "fp32", "full_share": 1.0}
+    with worker_rig(metrics=metrics, **settings, **row_sizes(10)) as rig:  # it takes 9, paged 8, a guest 2
+        rig.index.auto = wants(3)
+        moving = rig.submit(PROMPT, mode=EXACT, max_tokens=200, budget_blocks=1, name="moving")
+        sequence = moving.sequence
+        decode_until(rig, moving, 5)
+        assert sequence.room is Room.KEPT
+        assert sequence.holds.staging_ids == []
+        for at in range(2):
+            guest = rig.submit(GUEST, mode=FULL, max_tokens=20, name=f"guest-{at}", salt=f"guest-{at}")
+            rig.run_until(lambda one=guest: one.sequence.device is not None)  # type: ignore[misc]
+            assert sequence.room is Room.PAGED
+            assert not sequence.resident.rows_complete
+            assert sequence.resident.keys_complete
+            assert len(sequence.holds.staging_ids) == rig.parts.blocks.staging_blocks
+            rig.run_until(lambda one=guest: one.is_over)  # type: ignore[misc]
+            rig.run_until(lambda: sequence.room is Room.KEPT)
+            assert sequence.resident.rows_complete
+            assert sequence.holds.staging_ids == []
+        rig.run(moving)
+        assert moving.tokens == tokens_of_full(200)
+        report, geometry = moving.report, rig.parts.geometry
+        assert report.full_steps > 0 < report.exact_steps
+        assert report.paged_steps == 0
+        assert values(metrics, MetricName.ROOM_MOVES) == {"kept": 1, "left": 2, "returned": 2}
+        moved = values(metrics, MetricName.ROOM_BYTES)
+        assert moved["dropped"] % geometry.rows_bytes == moved["loaded"] % geometry.rows_bytes == 0
+        assert 0 < moved["dropped"] <= moved["loaded"], (
+            "what left came back, and was joined by what aged meanwhile"
+        )
+        times = data_points(metrics, MetricName.ROOM_MOVE_TIME)
+        assert {point.attributes[Attr.REASON]: point.count for point in times} == {"left": 2, "returned": 2}
+        prompts = len(PROMPT) + 2 * len(GUEST)
+        assert sum(point.value for point in data_points(metrics, MetricName.PREFILL_TOKENS)) == prompts
+        rig.check_baseline()
+
+
+@pytest.mark.parametrize(
+    ("lack", "gains", "leave"),
+    [
+        (Quota(0, 0), [(5, 5)], []),
+        (Quota(4, 4), [(3, 3), (5, 5), (4, 4)], [1]),
+        (Quota(4, 4), [(2, 2), (3, 3), (2, 2)], [1, 0]),
+        (Quota(4, 0), [(1, 9), (4, 0)], [1]),
+        (Quota(4, 1), [(9, 0), (0, 2), (3, 0)], [0, 1]),
+        (Quota(9, 9), [(2, 2), (3, 3)], []),
+        (Quota(1, 1), [(9, 0), (7, 0)], []),
+        (Quota(1, 0), [], []),
+    ],
+)
+def test_as_many_leave_as_make_up_for_what_is_lacking_or_nobody(
+    lack: Quota, gains: list[tuple[int, int]], leave: list[int]
+) -> None:
+    assert who_leaves(lack, {key: Quota(*gain) for key, gain in enumerate(gains)}) == leave
+
+
+def test_nobody_leaves_for_a_request_that_lacks_something_else() -> None:
+    """There are blocks enough, but no slot."""
+    with worker_rig(full_share=1.0, max_running=1, admission_timeout_s=600.0) as rig:
         rig.index.auto = wants(1, 3)
-        running = rig.submit(PROMPT, mode=EXACT, max_tokens=20)
-        rig.run(running)
-        assert running.report.exact_steps == 19
+        first = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=40, name="first")
+        decode_until(rig, first, 5)
+        second = rig.submit(GUEST, mode=FULL, max_tokens=4, name="second", salt="other")
+        rig.run(first, second)
+        assert first.report.full_steps == 39
+        assert second.finished is not None
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

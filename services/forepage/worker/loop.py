@@ -225,7 +225,7 @@ class Loop:
             self._fail(sequence, error)
         while (oldest := self._admission.next_waiting()) is not None:
             if not self._admission.try_start(oldest):
-                self._full_by_room.make_room(self._live.values())
+                self._full_by_room.make_room(oldest, self._live.values())
                 break
         self._full_by_room.is_room_wanted = self._admission.num_waiting > 0
 
@@ -269,7 +269,7 @@ class Loop:
 
     def _start_decode(self, sequence: Sequence) -> None:
         shrink_promise(self._parts, sequence)
-        if sequence.request.mode is ResidencyMode.EXACT:
+        if sequence.request.mode is ResidencyMode.EXACT and not sequence.is_full_by_room:
             self._residency.enter_exact(sequence)
         sequence.phase = Phase.DECODE
         sequence.stage_span = self._parts.telemetry.start_span(SpanName.WORKER_DECODE, sequence.span)

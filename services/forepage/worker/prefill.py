@@ -13,7 +13,7 @@ import torch
 
 from forepage.model.transformer import StepOutput
 from forepage.settings import WorkerSettings
-from forepage.telemetry import SpanName, set_attributes
+from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Phase, Sequence, StepTap
@@ -128,6 +128,7 @@ class Prefill:
         prompt = len(sequence.request.prompt)
         if output.prompt_evidence is not None:
             sequence.lookahead.add_prompt_evidence(output.prompt_evidence.tolist())
+        self._parts.telemetry.count(MetricName.PREFILL_TOKENS, end - sequence.num_processed)
         sequence.num_processed = end
         self._write_back.store_finished(sequence)
         if self._rule(sequence).is_resume_point(end):

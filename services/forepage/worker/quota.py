@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from forepage.settings import ResidencyMode
 from forepage.worker.parts import WorkerParts
-from forepage.worker.sequence import Sequence
+from forepage.worker.sequence import Room, Sequence
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,22 @@ def prefill_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
 
 
 def steady_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """While it decodes: in `full` (asked for, or by room) everything, else budget, tail and load slack.
+    """While it decodes: in `full` (asked for, or by room) everything, else what paging takes.
 
-    In `exact` all keys, and staging blocks.
+    On its way back to `full` an `exact` sequence pulls rows until the last one is there.
     """
     total = parts.geometry.num_blocks(sequence.request.total_tokens)
-    if sequence.request.mode is ResidencyMode.FULL or sequence.is_full_by_room:
+    if sequence.request.mode is ResidencyMode.FULL:
         return Quota(total, total)
+    if sequence.is_full_by_room:
+        pulls = sequence.room is Room.FILLING and sequence.is_exact
+        return Quota(total + parts.blocks.staging_blocks * pulls, total)
+    return paged_quota(parts, sequence)
+
+
+def paged_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
+    """While it decodes and is paged: budget, tail and load slack; in `exact` all keys, and staging blocks."""
+    total = parts.geometry.num_blocks(sequence.request.total_tokens)
     paged = min(total, sequence.guard.budget_blocks + parts.recent_blocks + parts.settings.load_slack_blocks)
     if sequence.is_exact:
         return Quota(paged + parts.blocks.staging_blocks, total)
@@ -76,9 +85,13 @@ def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
 
 
 def held_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """What the sequence holds, loads under way included, and once `exact` is granted its staging to come."""
+    """What the sequence holds, loads under way included, and once `exact` is granted its staging to come.
+
+    While a sequence is `full` by room it has none: it comes when rows leave, and takes their place.
+    """
     holds, load = sequence.holds, sequence.lookahead.load
-    staging = parts.blocks.staging_blocks if sequence.keeps_keys else len(holds.staging_ids)
+    is_paged = sequence.keeps_keys and sequence.room not in (Room.KEPT, Room.LEAVING)
+    staging = parts.blocks.staging_blocks if is_paged else len(holds.staging_ids)
     return Quota(
         len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) if load else 0),
         len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0),

@@ -19,7 +19,7 @@ from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
 from forepage.worker.quota import held_quota, room, shrink_promise, try_change_promise
-from forepage.worker.sequence import Sequence
+from forepage.worker.sequence import Room, Sequence
 
 PROMPT_SCORE = 1.0
 """Above every probability: what the prompt's tail looked at is kept before what was predicted."""
@@ -102,10 +102,7 @@ class Residency:
         resident = sequence.resident
         keys = [idx for idx in resident.key_id_by_block if idx not in resident.row_id_by_block]
         self._commit(sequence, resident.pinned_from, {}, {}, (), keys)
-        holds = sequence.holds
-        self._parts.blocks.rows.free(holds.staging_ids)
-        holds.staging_ids = []
-        self._parts.device.set_staging(holds.slot, [])
+        self._give_up_staging(sequence)
         shrink_promise(self._parts, sequence)
 
     def enter_exact(self, sequence: Sequence) -> None:
@@ -152,10 +149,16 @@ class Residency:
         drops, held_keys = load.wave.drop, sequence.resident.key_id_by_block
         key_drops = () if sequence.keeps_keys else tuple(idx for idx in drops if idx in held_keys)
         self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
-        if sequence.keeps_keys and sequence.resident.keys_complete:
+        self._full_by_room.on_commit(
+            sequence,
+            loaded_bytes=self._bytes(len(load.row_ids), len(load.key_ids)),
+            dropped_bytes=self._bytes(len(drops), len(key_drops)),
+        )
+        if sequence.room is Room.KEPT:
+            self._give_up_staging(sequence)
+        elif sequence.keeps_keys and sequence.resident.keys_complete and sequence.room is not Room.LEAVING:
             self.enter_exact(sequence)
         sequence.lookahead.just_loaded |= load.row_ids.keys()
-        self._full_by_room.on_commit(sequence)
         shrink_promise(self._parts, sequence)
         self._trace(load, done_ns, start_ns)
         if load.rest:
@@ -223,7 +226,7 @@ class Residency:
             )
             for idx in wave.load
         ]
-        num_bytes = len(row_ids) * parts.geometry.rows_bytes + len(key_ids) * parts.geometry.keys_bytes
+        num_bytes = self._bytes(len(row_ids), len(key_ids))
         sequence.report.prefetch_bytes += num_bytes
         parts.telemetry.count(MetricName.PREFETCH_BYTES, num_bytes)
         parts.telemetry.count(MetricName.HOST_TO_DEVICE, num_bytes, reason="prefetch")
@@ -266,6 +269,18 @@ class Residency:
         )
         self._parts.blocks.rows.free(freed.row_ids)
         self._parts.blocks.keys.free(freed.key_ids)
+
+    def _give_up_staging(self, sequence: Sequence) -> None:
+        """It pulls no rows any more: none is absent, or none may be pulled."""
+        holds = sequence.holds
+        if holds.staging_ids:
+            self._parts.blocks.rows.free(holds.staging_ids)
+            holds.staging_ids = []
+            self._parts.device.set_staging(holds.slot, [])
+
+    def _bytes(self, num_rows: int, num_keys: int) -> int:
+        geometry = self._parts.geometry
+        return num_rows * geometry.rows_bytes + num_keys * geometry.keys_bytes
 
     def _still_there(self, sequence: Sequence, block_idx: int) -> bool:
         return self._parts.arena.matches(sequence.arena.ref_by_block[block_idx])

@@ -100,14 +100,14 @@ class ArenaHoldings:
     resume_refs: list[SlotRef] = field(default_factory=list)
     writing: list[SlotRef] = field(default_factory=list)
     num_started: int = 0
+    _num_leading: int = 0
 
     @property
     def num_leading(self) -> int:
-        """Blocks 0..n-1 that are all in the arena: what may be paged."""
-        count = 0
-        while count in self.ref_by_block:
-            count += 1
-        return count
+        """Blocks 0..n-1 that are all in the arena: what may be paged. None ever leaves it again."""
+        while self._num_leading in self.ref_by_block:
+            self._num_leading += 1
+        return self._num_leading
 
     def all_refs(self) -> list[SlotRef]:
         """Every slot held."""
@@ -135,6 +135,8 @@ class Sequence:
     incarnation: int = field(default_factory=lambda: secrets.randbits(62))
     phase: Phase = Phase.WAITING
     room: Room = Room.PAGED
+    moves_since_s: float = 0.0
+    """When it was decided that it leaves `full`, or returns."""
     tokens: list[int] = field(default_factory=list)
     num_processed: int = 0
     num_unread: int = 0
