@@ -53,6 +53,7 @@ class Stream:
 
     asked_s: float
     arrivals: list[tuple[float, int]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     error: ForepageError | None = None
     is_over: bool = False
 
@@ -153,6 +154,7 @@ async def follow(stub: worker_pb2_grpc.DecodeWorkerStub, request: pb.GenerateReq
         async for event in stub.Generate(request):
             if event.HasField("tokens"):
                 stream.arrivals.append((time.perf_counter(), len(event.tokens.token_ids)))
+                stream.token_ids.extend(event.tokens.token_ids)
             elif event.HasField("failed"):
                 stream.error = error_from_code(event.failed.code, event.failed.message)
             elif event.HasField("finished"):

@@ -30,6 +30,26 @@ PREFILL_COLUMNS: Columns = (
     ("prefill_blocks_finished", ","),
     ("prefill_blocks_stored", ","),
 )
+MOVES_COLUMNS: Columns = (
+    ("context_tokens", ","),
+    ("arm", ""),
+    ("concurrency", ","),
+    ("guests", ","),
+    ("rounds", ","),
+    ("moves_left", ","),
+    ("moves_returned", ","),
+    ("moves_per_s", ",.2f"),
+    ("move_ms_left", ",.1f"),
+    ("move_ms_returned", ",.1f"),
+    ("bytes_dropped_per_move", ",.0f"),
+    ("bytes_loaded_per_move", ",.0f"),
+    ("prefill_tokens_recomputed", ","),
+    ("tokens_compared", ","),
+    ("tokens_equal", ","),
+    ("tokens_per_s", ",.1f"),
+    ("itl_p50_ms", ",.2f"),
+    ("itl_p99_ms", ",.2f"),
+)
 DECODE_COLUMNS: Columns = (
     ("context_tokens", ","),
     ("arm", ""),
@@ -58,6 +78,7 @@ DECODE_COLUMNS: Columns = (
 TABLES: dict[str, tuple[str, Columns]] = {
     "decode": ("Decoding", DECODE_COLUMNS),
     "prefill": ("Beside a long prompt", PREFILL_COLUMNS),
+    "moves": ("From full to paged and back", MOVES_COLUMNS),
 }
 """By what a row measures: a heading and the columns of its table."""
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from loadtest.throughput import prefill
+from loadtest.throughput import moves, prefill
 from loadtest.throughput.__main__ import main
 from loadtest.throughput.case import Arm
 
@@ -70,3 +70,22 @@ def test_a_prompt_beside_decodes_leaves_its_row_among_the_others(tmp_path: Path)
     tables = (tmp_path / "throughput.md").read_text()
     assert tables.count("\n| 2,048 | lookahead | 1 | 1,100 | 256 | 45% |") == 1
     assert "## Decoding" in tables
+
+
+def test_sequences_move_to_paged_and_back_and_say_what_full_says(tmp_path: Path) -> None:
+    options = (
+        "--model tiny --device cpu --contexts 3072 --arms exact --footprint 0.25 --recent-tokens 256 "
+        "--slack-blocks 1 --interval-steps 8 --answer-tokens 800 --sequences 3 --warm-tokens 2 "
+        "--guest-tokens 4 --rounds 1 --compared-tokens 12"
+    )
+    assert moves.main(["--out", str(tmp_path), *options.split()]) == 0
+    (row,) = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert set(moves.COLUMNS) <= set(row)
+    assert row["why"] == {}
+    assert row["guests"] >= 1
+    assert row["moves_left"] == row["moves_returned"] >= 1
+    assert row["moves_per_s"] > 0 < row["move_ms_returned"]
+    assert row["bytes_loaded_per_move"] >= row["bytes_dropped_per_move"] > 0
+    assert row["prefill_tokens_recomputed"] == 0
+    assert row["tokens_equal"] == row["tokens_compared"] >= 36
+    assert "## From full to paged and back" in (tmp_path / "throughput.md").read_text()

@@ -12,7 +12,7 @@ from forepage.worker.full_by_room import who_leaves
 from forepage.worker.quota import Quota
 from forepage.worker.sequence import Room
 from rigs.gateways import data_points
-from rigs.worker import WorkerRig, decode_until, text_tokens, wants, worker_rig
+from rigs.worker import Running, WorkerRig, decode_until, text_tokens, wants, worker_rig
 
 PROMPT = text_tokens(2_100)
 LOOKAHEAD, GUARDED, EXACT, FULL = (
@@ -56,6 +56,10 @@ def tokens_of_full(max_tokens: int) -> list[int]:
         return full.tokens
 
 
+def room_of(running: Running) -> Room:
+    return running.sequence.room
+
+
 def values(metrics: InMemoryMetricReader, name: MetricName) -> dict[Any, Any]:
     return {point.attributes[Attr.REASON]: point.value for point in data_points(metrics, name)}
 
@@ -79,23 +83,28 @@ def test_with_room_nothing_is_dropped_and_nothing_asked(mode: ResidencyMode, ahe
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_exact_leaves_full_by_dropping_returns_by_loading_and_gives_the_tokens_of_full(ahead: int) -> None:
     metrics = InMemoryMetricReader()
-    settings = {"ahead_steps": ahead, "padded": bool(ahead), "kv_format": "fp32", "full_share": 1.0}
+    settings: dict[str, Any] = {
+        "ahead_steps": ahead,
+        "padded": bool(ahead),
+        "kv_format": "fp32",
+        "full_share": 1.0,
+    }
     with worker_rig(metrics=metrics, **settings, **row_sizes(10)) as rig:  # it takes 9, paged 8, a guest 2
         rig.index.auto = wants(3)
         moving = rig.submit(PROMPT, mode=EXACT, max_tokens=200, budget_blocks=1, name="moving")
         sequence = moving.sequence
         decode_until(rig, moving, 5)
-        assert sequence.room is Room.KEPT
+        assert room_of(moving) is Room.KEPT
         assert sequence.holds.staging_ids == []
         for at in range(2):
             guest = rig.submit(GUEST, mode=FULL, max_tokens=20, name=f"guest-{at}", salt=f"guest-{at}")
             rig.run_until(lambda one=guest: one.sequence.device is not None)  # type: ignore[misc]
-            assert sequence.room is Room.PAGED
+            assert room_of(moving) is Room.PAGED
             assert not sequence.resident.rows_complete
             assert sequence.resident.keys_complete
             assert len(sequence.holds.staging_ids) == rig.parts.blocks.staging_blocks
             rig.run_until(lambda one=guest: one.is_over)  # type: ignore[misc]
-            rig.run_until(lambda: sequence.room is Room.KEPT)
+            rig.run_until(lambda: room_of(moving) is Room.KEPT)
             assert sequence.resident.rows_complete
             assert sequence.holds.staging_ids == []
         rig.run(moving)
