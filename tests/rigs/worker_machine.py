@@ -22,7 +22,7 @@ from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.worker import admission, lookahead, loop, residency, write_back
 from forepage.worker.commands import Table
 from forepage.worker.quota import held_quota, steady_quota
-from forepage.worker.sequence import Phase
+from forepage.worker.sequence import Phase, Room
 from forepage.worker.watching import view_of
 from rigs.watching import blocks_of
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
@@ -269,7 +269,12 @@ class WorkerMachine(RuleBasedStateMachine):
         held = held_quota(parts, sequence)
         assert held.rows <= holds.row_promise
         assert held.keys <= holds.key_promise
-        if sequence.phase is Phase.DECODE and sequence.request.mode is not ResidencyMode.FULL:
+        if sequence.room in (Room.KEPT, Room.LEAVING):
+            assert resident.rows_complete
+            assert not holds.staging_ids
+        elif sequence.phase is Phase.DECODE and sequence.request.mode is not ResidencyMode.FULL:
+            if sequence.room is Room.FILLING:
+                return
             most = 2 * sequence.request.budget_blocks
             assert len(resident.chosen) <= (most if sequence.report.escalations else most // 2)
             loading = len(sequence.lookahead.load.row_ids) if sequence.lookahead.load else 0

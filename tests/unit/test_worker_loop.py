@@ -3,13 +3,16 @@
 from collections.abc import Callable
 
 import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from forepage.coldpool.client import SlotRef
 from forepage.rpc import index_pb2
 from forepage.rpc import worker_pb2 as pb
 from forepage.settings import ResidencyMode, WeightDtype
+from forepage.telemetry import MetricName
 from forepage.worker.sampler import Sampling
 from forepage.worker.sequence import Phase
+from rigs.gateways import data_points
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, worker_rig
 
 PROMPT = text_tokens(2_100)
@@ -238,15 +241,24 @@ def test_no_room_to_escalate_pauses_and_ends_in_a_typed_error() -> None:
 
 
 def test_a_paused_sequence_goes_on_exactly_when_there_is_room() -> None:
-    with worker_rig(escalation_reserve_bytes=0) as rig:
+    """Its copy in the arena stays its own meanwhile, and it is from there that it goes on."""
+    metrics = InMemoryMetricReader()
+    with worker_rig(escalation_reserve_bytes=0, metrics=metrics) as rig:
         rig.index.auto = lambda request: plan_reply(request, [1, 3], recall=0.0)
         running = rig.submit(LONG, mode=GUARDED, max_tokens=100)
         rig.run_until(lambda: len(running.tokens) > 3)
         rest = rig.parts.blocks.keys.total - rig.parts.blocks.keys.promised
         assert rig.parts.blocks.keys.try_promise(rest)
         rig.run_until(lambda: running.sequence.phase is Phase.PAUSED)
+        resident = running.sequence.resident
+        absent = set(range(resident.num_blocks)) - resident.row_id_by_block.keys()
+        refs = [running.sequence.arena.ref_by_block[idx] for idx in absent]
+        assert refs
+        assert all(rig.arena.leases[ref] for ref in refs)
         rig.parts.blocks.keys.try_promise(-rest)
         rig.run(running)
+        (prefilled,) = data_points(metrics, MetricName.PREFILL_TOKENS)
+        assert prefilled.value == len(LONG), "nothing was computed again"
         assert running.report.exact_steps > 0
         rig.check_baseline()
 
