@@ -170,11 +170,7 @@ _KINDS: dict[MetricName, tuple[str, str, str]] = {
     MetricName.REQUESTS_RUNNING: ("updown", "{request}", "Requests in flight"),
     MetricName.REFUSALS: ("counter", "{request}", "Requests refused, by reason"),
     MetricName.PREFETCH_LATENCY: ("histogram", "ms", "Boundary to commit, in all and by phase"),
-    MetricName.COMMIT_STEPS: (
-        "histogram",
-        "{step}",
-        "A sequence's decode steps from a boundary to the commit of its plan",
-    ),
+    MetricName.COMMIT_STEPS: ("histogram", "{step}", "Decode steps from a boundary to its plan's commit"),
     MetricName.STALLED: ("counter", "s", "Time in which paging kept a sequence from decoding, by reason"),
     MetricName.PREFETCH_BYTES: ("counter", "By", "Bytes loaded because a plan asked for them"),
     MetricName.DEMAND_BYTES: ("counter", "By", "Bytes of rows pulled within a step"),
