@@ -331,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     arms = [Arm.EXACT, Arm.LOOKAHEAD, Arm.GUARDED]
     parser.add_argument("--contexts", nargs="+", type=int, default=[65_536])
     parser.add_argument("--arms", nargs="+", type=Arm, default=arms, choices=arms)
-    parser.add_argument("--sequences", type=int, default=6, help="that stay")
+    parser.add_argument("--sequences", type=int, default=5, help="that stay")
     parser.add_argument("--guest-tokens", type=int, default=64, help="tokens of an answer of those that come")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compared-tokens", type=int, default=512, help="of each, in `exact`, with `full`")

@@ -178,3 +178,39 @@ def test_on_the_cpu_the_time_is_told_at_once(took_s: tuple[float, float]) -> Non
     with watch.time(told.append):
         assert told == []
     assert told == [250.0]
+
+
+class FakeEvent:
+    """An event of a device that is `now` milliseconds on, and has come as far as `done`."""
+
+    now = done = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def query(self) -> bool:
+        return self.at <= FakeEvent.done
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_on_a_gpu_nothing_is_waited_for_and_nothing_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+    monkeypatch.setattr(FakeEvent, "done", -1.0)
+    watch, told = Stopwatch(torch.device("cuda")), list[float]()
+    for took_ms in (3.0, 5.0, 7.0):
+        with watch.time(told.append):
+            FakeEvent.now += took_ms
+    watch.settle()
+    assert told == []
+    FakeEvent.done = 8.0
+    watch.settle()
+    assert told == [3.0, 5.0], "the oldest first, as far as the device has come"
+    FakeEvent.done = 15.0
+    with watch.time(told.append):
+        assert told == [3.0, 5.0, 7.0], "also if nobody settles"

@@ -21,12 +21,13 @@ class Stopwatch:
 
     @contextmanager
     def time(self, tell: Told) -> Iterator[None]:
-        """Around what is launched on the current stream; told now on the CPU, else by a `settle` to come."""
+        """Around what is launched on the current stream; told behind it on the CPU, else at a later call."""
         if not self._is_gpu:
             begin_s = self._clock()
             yield
             tell((self._clock() - begin_s) * 1e3)
             return
+        self.settle()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         yield
