@@ -42,7 +42,7 @@ class RoomMachine(WorkerMachine):
 
 WorkerMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
 AheadMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
-RoomMachine.TestCase.settings = settings(max_examples=6, stateful_step_count=25, deadline=None)
+RoomMachine.TestCase.settings = settings(max_examples=4, stateful_step_count=25, deadline=None)
 TestWorkerMachine = WorkerMachine.TestCase
 TestAheadMachine = AheadMachine.TestCase
 TestRoomMachine = RoomMachine.TestCase

@@ -130,7 +130,7 @@ def test_with_all_of_the_time_a_chunk_is_never_cut() -> None:
         assert slices == [str(rig.parts.device.num_prefill_parts)] * 5
 
 
-@pytest.mark.parametrize("mode", [ResidencyMode.FULL, ResidencyMode.EXACT, ResidencyMode.LOOKAHEAD])
+@pytest.mark.parametrize("mode", [ResidencyMode.FULL, ResidencyMode.LOOKAHEAD])
 def test_slices_change_no_token(mode: ResidencyMode) -> None:
     """A prompt alone, and one sliced beside another's decode steps: the same answer, the same blocks."""
     answers = []
