@@ -8,6 +8,8 @@ from loadtest.load.conversation import Conversation, documents, many_turns, most
 
 PAST_SHARE = 0.1
 MIXED_FROM_TOKENS = 8192
+MIXED_TO_TOKENS = (1 << 20) - 1024
+"""The model's 1M tokens hold the prompt's frame and the answer, too."""
 TURNS = 8
 
 
@@ -89,8 +91,8 @@ def _many_turns(shape: Shape, rng: random.Random) -> Iterator[Conversation]:
 def _mixed(shape: Shape, rng: random.Random) -> Iterator[Conversation]:
     """Lengths double from 8K; one twice as long comes half as often, so every length moves as many tokens."""
     lengths = [MIXED_FROM_TOKENS]
-    while lengths[-1] * 2 <= shape.length_tokens:
-        lengths.append(lengths[-1] * 2)
+    while lengths[-1] < shape.length_tokens:
+        lengths.append(min(lengths[-1] * 2, shape.length_tokens))
     sources = {
         length: single_questions(
             documents(length, count=shape.num_documents, seed=rng.randrange(1 << 30)), rng
@@ -147,7 +149,7 @@ SHAPES = {
             name="mixed",
             what="documents of 8K to 1M tokens together, each length moving as many tokens",
             stages=(Stage(600, 8),),
-            length_tokens=1 << 20,
+            length_tokens=MIXED_TO_TOKENS,
             num_documents=4,
             think_s=1.0,
             ask=_mixed,

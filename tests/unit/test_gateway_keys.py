@@ -153,6 +153,9 @@ async def test_a_web_page_may_ask_only_if_its_origin_is_named(
     assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
     other = await opened.client.options(CHAT, headers={**ask, "origin": "https://b.example"})
     assert "access-control-allow-origin" not in other.headers
+    assert (other.status_code, other.json()["error"]["code"]) == (400, "cors_not_allowed")
+    assert other.json()["error"]["request_id"] == other.headers["x-request-id"]
+    assert other.headers["vary"].startswith("Origin"), "a cache keeps answers to different pages apart"
 
 
 async def test_the_responses_api_says_what_to_use(

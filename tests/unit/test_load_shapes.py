@@ -78,3 +78,12 @@ def test_mixed_lengths_move_as_many_tokens_each() -> None:
     assert sorted(counts) == [8192, 16_384, 32_768, 65_536]
     moved = [length * count for length, count in counts.items()]
     assert max(moved) / min(moved) < 1.4
+
+
+def test_the_longest_mixed_prompt_leaves_room_in_a_million_tokens() -> None:
+    longest = SHAPES["mixed"].length_tokens
+    [document] = documents(longest, count=1, seed=1, per_document=1)
+    item = document.items[0]
+    prompt_chars = sum(len(turn.text) for turn in item.turns)
+    assert prompt_chars > 1_000_000
+    assert prompt_chars + item.max_tokens + 256 <= 1 << 20, "with the frame around the turns"

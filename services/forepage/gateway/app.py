@@ -15,7 +15,6 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,6 +23,7 @@ from forepage.exposure import warn_if_open
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.api_keys import OPEN_PATHS, KeyMiddleware, read_keys
+from forepage.gateway.cors import CorsMiddleware
 from forepage.gateway.dashboard import FILES, PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
 from forepage.gateway.redis_workers import RedisWorkers
@@ -77,7 +77,7 @@ def create_app(
     app.add_middleware(RequestScopeMiddleware, telemetry=telemetry)
     if settings.cors_origins:  # the last added is the outermost: a page may read errors, too
         app.add_middleware(
-            CORSMiddleware,
+            CorsMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", REQUEST_ID_HEADER],
