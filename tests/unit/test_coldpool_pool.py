@@ -173,6 +173,32 @@ async def test_second_writer_of_a_key_gets_the_first_record(tmp_path: Path) -> N
     assert pool.counts().leased == 1, "bob's lease moved to the record that stayed"
 
 
+async def test_publishing_again_after_a_lost_reply_is_answered_as_before(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path)
+    (kept,) = await store(pool, ["a"], BOB)
+    same, new = await pool.reserve(ANN, 2)
+    records = [written(pool, same, "a"), written(pool, new, "b")]
+    for _ in range(3):
+        assert await pool.publish(ANN, records) == [kept, new]
+    assert pool.release(ANN, [kept, kept, new]) == 1, "three publications gave one lease"
+    with pytest.raises(RequestError):
+        await pool.publish(ANN, records)
+
+
+async def test_a_freed_slot_is_published_again_neither_as_another_key_nor_by_another(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path)
+    await store(pool, ["a", "b"], BOB)
+    (same,) = await pool.reserve(ANN, 1)
+    record = written(pool, same, "a")
+    (kept,) = await pool.publish(ANN, [record])
+    for holder, published in ((BOB, record), (ANN, written(pool, same, "b"))):
+        with pytest.raises(RequestError):
+            await pool.publish(holder, [published])
+    assert pool.announce(ANN, [kept]) == []
+    with pytest.raises(RequestError):
+        await pool.publish(ANN, [record])
+
+
 async def test_publish_refuses_everything_if_one_record_is_wrong(tmp_path: Path) -> None:
     pool = make_pool(tmp_path)
     mine, other = await pool.reserve(ANN, 1), await pool.reserve(BOB, 1)

@@ -38,6 +38,7 @@ class WriteBack:
     def __init__(self, parts: WorkerParts) -> None:
         self._parts = parts
         self._transfers: list[_Transfer] = []
+        self._is_failing = False
 
     def store_finished(self, sequence: Sequence) -> None:
         """Start writing back every full block that has not been."""
@@ -136,11 +137,16 @@ class WriteBack:
         try:
             refs = transfer.published.result()
         except ForepageError as error:
-            self._parts.log.warning("publication failed; will be tried again", error=str(error))
+            if not self._is_failing:  # once an outage: every transfer fails at every try
+                self._is_failing = True
+                self._parts.log.warning("publication failed; will be tried again", error=str(error))
             self._parts.telemetry.count(MetricName.FALLBACKS, fallback="publish_retry")
             transfer.published = None
             transfer.retry_at_s = time.monotonic() + RETRY_S
             return sequence.phase is Phase.DONE and self._abandon(transfer)
+        if self._is_failing:
+            self._is_failing = False
+            self._parts.log.info("publication works again")
         self._end(transfer)
         num_bytes = sum(record.payload_bytes for record in transfer.records)
         self._parts.telemetry.count(MetricName.DEVICE_TO_HOST, num_bytes)
