@@ -358,10 +358,18 @@ VARIANTS: dict[str, Variant] = {
     "sinkhorn": (sinkhorn_kernel, "_forward", lambda: run_sinkhorn(backward=False)),
     "sinkhorn-backward": (sinkhorn_kernel, "_backward", lambda: run_sinkhorn(backward=True)),
     "select_topk-ones": (select_topk, "find_maxima select_row", lambda: run_select_topk(1, 1)),
-    "sparse_decode": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
-    "sparse_decode-bf16": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 128, 2048, BF16)),
-    "sparse_decode-window": (sparse_decode, "attend", lambda: run_sparse_decode(FLASH, 64, 0, BF16)),
-    "sparse_decode-ones": (sparse_decode, "attend", lambda: run_sparse_decode(SEEDED, 1, 1, BF16)),
+    "sparse_decode": (sparse_decode, "attend join_parts", lambda: run_sparse_decode(FLASH, 64, 512, F32)),
+    "sparse_decode-bf16": (
+        sparse_decode,
+        "attend join_parts",
+        lambda: run_sparse_decode(FLASH, 128, 2048, BF16),
+    ),
+    "sparse_decode-window": (
+        sparse_decode,
+        "attend join_parts",
+        lambda: run_sparse_decode(FLASH, 64, 0, BF16),
+    ),
+    "sparse_decode-ones": (sparse_decode, "attend join_parts", lambda: run_sparse_decode(SEEDED, 1, 1, BF16)),
     "compress_token-c4": (compress_token, "take_token", lambda: run_compress_token(row_pool(FLASH), 4)),
     "compress_token-c128": (
         compress_token,
