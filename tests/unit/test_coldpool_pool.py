@@ -188,13 +188,13 @@ async def test_publishing_again_after_a_lost_reply_is_answered_as_before(tmp_pat
 async def test_a_freed_slot_is_published_again_neither_as_another_key_nor_by_another(tmp_path: Path) -> None:
     pool = make_pool(tmp_path)
     await store(pool, ["a", "b"], BOB)
-    (same,) = await pool.reserve(ANN, 1)
+    same, other = await pool.reserve(ANN, 2)
     record = written(pool, same, "a")
-    (kept,) = await pool.publish(ANN, [record])
+    kept, also = await pool.publish(ANN, [record, written(pool, other, "b")])
     for holder, published in ((BOB, record), (ANN, written(pool, same, "b"))):
         with pytest.raises(RequestError):
             await pool.publish(holder, [published])
-    assert pool.announce(ANN, [kept]) == []
+    assert pool.announce(ANN, [kept, also]) == []
     with pytest.raises(RequestError):
         await pool.publish(ANN, [record])
 
