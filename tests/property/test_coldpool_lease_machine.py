@@ -39,6 +39,8 @@ class LeaseMachine(RuleBasedStateMachine):
         self.dead: list[SlotRef] = []
         self.adopted: set[SlotRef] = set()
         self.must_announce: set[HolderId] = set()
+        self.moved: dict[HolderId, dict[ArenaId, tuple[SlotRef, bytes, SlotRef]]] = {}
+        """By who published into it: a slot freed because its key was there, whose answer may be lost."""
 
         for holder in HOLDERS[:2]:
             self.attach(holder)
@@ -113,15 +115,27 @@ class LeaseMachine(RuleBasedStateMachine):
         self.lose(holder, ref)
         if answer == ref:
             assert self.table.publish(holder, ref, record_of(key)) == ref, "publishing again changes nothing"
+        else:
+            self.moved.setdefault(holder, {})[ref.arena_id] = (ref, key, answer)
         self.mirror()
+
+    def answer_again(self, holder: HolderId, ref: SlotRef, key: bytes) -> SlotRef | None:
+        """What publishing a dead slot again answers: the record its lease moved to, while that is held."""
+        of, published, answer = self.moved.get(holder, {}).get(ref.arena_id, (None, None, ref))
+        is_there = self.complete.get(key) == answer and self.held[holder][answer] > 0
+        return answer if (of, published) == (ref, key) and is_there else None
 
     @precondition(lambda self: self.dead and self.callers)
     @rule(key=keys, data=st.data())
     def use_dead_ref(self, key: bytes, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(self.callers))
         ref = data.draw(st.sampled_from(self.dead))
-        with pytest.raises(RequestError):
-            self.table.publish(holder, ref, record_of(key))
+        if (answer := self.answer_again(holder, ref, key)) is None:
+            with pytest.raises(RequestError):
+                self.table.publish(holder, ref, record_of(key))
+        else:
+            assert self.table.publish(holder, ref, record_of(key)) == answer, "a lost reply is given again"
+            assert self.table.take_changed() == [], "and changes nothing"
         assert self.table.release(holder, [ref]) == 1
         assert self.table.record_of(ref) is None
         assert not self.table.evict(ref)
@@ -175,6 +189,7 @@ class LeaseMachine(RuleBasedStateMachine):
             self.lose(holder, ref)
         del self.held[holder]
         self.must_announce.discard(holder)
+        self.moved.pop(holder, None)
         self.table.drop_holder(holder)
         self.mirror()
 
@@ -182,6 +197,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def restart_the_manager(self) -> None:
         self.table = LeaseTable(NUM_SLOTS, first_generation=1)
         self.must_announce = set(self.held)
+        self.moved = {}
         self.adopted = set(self.complete.values())
         self.table.adopt(iter(self.headers.items()), self.must_announce)
         self.mirror()
@@ -192,6 +208,7 @@ class LeaseMachine(RuleBasedStateMachine):
         holder = data.draw(st.sampled_from(sorted(self.must_announce)))
         self.must_announce.discard(holder)
         self.table.add_holder(holder)
+        self.moved.pop(holder, None)
         void = self.table.announce(holder, list(self.held[holder].elements()))
         expected = [ref for ref in self.held[holder].elements() if ref in self.damaged]
         assert Counter(void) == Counter(expected), "only damaged records may be lost"
@@ -204,6 +221,7 @@ class LeaseMachine(RuleBasedStateMachine):
     def announce_less_after_a_lost_reply(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(self.callers))
         mine = list(self.held[holder].elements())
+        self.moved.pop(holder, None)
         num_lost = data.draw(st.integers(0, len(mine)))
         lost = [*mine[:num_lost], *(ref for ref in mine[num_lost:] if ref in self.damaged)]
         assert self.table.announce(holder, [ref for ref in mine[num_lost:] if ref not in self.damaged]) == []
@@ -221,6 +239,7 @@ class LeaseMachine(RuleBasedStateMachine):
                     claimed = [ref for ref in claimed if ref not in self.damaged]
                     if any(ref in self.damaged for ref in self.held[holder].elements()):
                         continue
+                    self.moved.pop(holder, None)
                     assert self.table.announce(holder, claimed) == [self.writing(other)[0]]
 
     @invariant()

@@ -49,8 +49,8 @@ class LeaseTable:
         self._slots = SlotTable(num_slots, first_generation=first_generation)
         self._leases: dict[HolderId, Counter[ArenaId]] = {}
         self._unannounced: set[HolderId] = set()
-        # Slots freed because their key was there, by who published which for what: that answer may be lost.
-        self._moved: dict[ArenaId, tuple[HolderId, SlotRef, SlotRef]] = {}
+        # What each published into a slot that was freed, its key being there: that answer may be lost.
+        self._moved: dict[HolderId, dict[ArenaId, tuple[SlotRef, SlotRef]]] = {}
         self._stage_ids = itertools.count()
 
     def add_holder(self, holder: HolderId) -> None:
@@ -63,7 +63,7 @@ class LeaseTable:
 
     def drop_holder(self, holder: HolderId) -> None:
         """A holder is gone: its leases end, what it was writing is freed."""
-        self._forget_moves_of(holder)
+        self._moved.pop(holder, None)
         # Newest first, so that the LRU gives up the far end of a prefix before its beginning.
         for arena_id, count in reversed(list(self._leases.pop(holder, Counter()).items())):
             self._slots.add_leases(arena_id, -count)
@@ -114,7 +114,7 @@ class LeaseTable:
         if present != ref:
             self._change(self._leases_of(holder), ref.arena_id, -1)
             self._change(self._leases_of(holder), present.arena_id, 1)
-            self._moved[ref.arena_id] = (holder, ref, present)
+            self._moved.setdefault(holder, {})[ref.arena_id] = (ref, present)
         return present
 
     def check_publishable(self, holder: HolderId, ref: SlotRef, key: bytes) -> None:
@@ -128,14 +128,11 @@ class LeaseTable:
         if slot.state is not SlotState.WRITING and self._slots.find(key) != ref:
             raise RequestError(f"slot {ref.arena_id} was published as another record", "records")
 
-    def _forget_moves_of(self, holder: HolderId) -> None:
-        self._moved = {arena_id: moved for arena_id, moved in self._moved.items() if moved[0] != holder}
-
     def _was_moved(self, holder: HolderId, ref: SlotRef, key: bytes) -> bool:
         """Whether publishing this slot gave the holder the lease it still has on the key's record."""
         present = self._slots.find(key)
-        moved = self._moved.get(ref.arena_id)
-        return present is not None and moved == (holder, ref, present) and self.is_leased_by(holder, present)
+        moved = self._moved.get(holder, {}).get(ref.arena_id)
+        return present is not None and moved == (ref, present) and self.is_leased_by(holder, present)
 
     def lease(self, holder: HolderId, key: bytes) -> SlotRef | None:
         """One more lease on the record of a key; None if there is no such record."""
@@ -169,7 +166,7 @@ class LeaseTable:
             kept[ref.arena_id] += granted
         for arena_id in {**held, **kept}:
             self._change(held, arena_id, kept[arena_id] - held[arena_id])
-        self._forget_moves_of(holder)
+        self._moved.pop(holder, None)
         self._end_doubt_of(holder)
         return void
 
