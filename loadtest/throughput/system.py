@@ -26,7 +26,7 @@ from loadtest.throughput.case import Case
 from loadtest.throughput.history import prompt_of, write_history
 from loadtest.throughput.trace import Trace
 
-START_S = 400.0
+START_S = 500.0
 STOP_S = 60.0
 POLL_S = 0.1
 SPARE_SLOTS = 64
@@ -166,6 +166,7 @@ def _environ(
         "FOREPAGE_WORKER__LOAD_SLACK_BLOCKS": str(plan.slack_blocks),
         "FOREPAGE_WORKER__INTERVAL_STEPS": str(plan.interval_steps),
         "FOREPAGE_WORKER__MAX_CONTEXT_TOKENS": str(max(512, case.prompt_tokens + plan.answer_tokens)),
+        "FOREPAGE_WORKER__WARM_UP_TOKENS": json.dumps([max(512, case.prompt_tokens + plan.answer_tokens)]),
         "FOREPAGE_WORKER__RESUME_EVERY_TOKENS": str(NO_RESUME_TOKENS),
         "FOREPAGE_WORKER__ESCALATION_RESERVE_BYTES": "0",
         "FOREPAGE_WORKER__PROMPT_TOKENS": "0",

@@ -4,6 +4,7 @@ A process gets its own section, never the tree. Names that start with FOREPAGE_ 
 the start: a misspelt setting must not be a default. OTEL_* variables belong to the OpenTelemetry SDK.
 """
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -232,7 +233,11 @@ class WorkerSettings(_Section):
     )
     max_running: int = Field(16, ge=1, le=1024, description="sequences decoded together")
     decode_graphs: int = Field(
-        48, ge=0, le=1024, description="CUDA graphs of decode steps kept, one for each shape; 0: none"
+        100, ge=0, le=1024, description="CUDA graphs of decode steps kept, one for each shape; 0: none"
+    )
+    warm_up_tokens: tuple[Annotated[int, Field(ge=512)], ...] = Field(
+        (1 << 17, 1 << 18, 1 << 19, 1 << 20),
+        description="contexts whose decode steps a GPU captures before it is ready; []: no warm-up",
     )
     ahead_steps: int | None = Field(
         None,
@@ -351,15 +356,19 @@ def load_settings() -> Settings:
 
 
 def setting_names() -> Iterator[tuple[str, str, str]]:
-    """Every leaf of the tree: (environment name, default, what it is)."""
+    """Every leaf of the tree: (environment name, default as one would set it, what it is)."""
     defaults = Settings.model_construct()
     for name, field in Settings.model_fields.items():
         section = getattr(defaults, name)
         if isinstance(section, _Section):
             for leaf, info in type(section).model_fields.items():
-                yield _env_name((name, leaf)), str(getattr(section, leaf)), info.description or ""
+                yield _env_name((name, leaf)), _written(getattr(section, leaf)), info.description or ""
         else:
-            yield _env_name((name,)), str(section), field.description or ""
+            yield _env_name((name,)), _written(section), field.description or ""
+
+
+def _written(value: object) -> str:
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 def _env_name(location: tuple[int | str, ...]) -> str:

@@ -67,4 +67,4 @@ def _shown(default: str) -> str:
     """A default for the docs: no path of the machine that wrote them."""
     if default == str(TINY_MODEL):
         return SHOWN_BUNDLED_MODEL
-    return {"None": "none", "()": "`[]`"}.get(default, f"`{default}`")
+    return "none" if default == "None" else f"`{default}`"

@@ -227,3 +227,22 @@ def test_graphs_are_few_share_memory_and_can_be_captured_again(cuda: torch.devic
     assert rig.decode.num_graphs == 3
     assert 0 < rig.decode.graph_bytes < 1 << 30
     rig.close()
+
+
+@pytest.mark.gpu
+def test_a_shape_captured_beforehand_is_not_captured_again_and_changes_no_bit(cuda: torch.device) -> None:
+    shape = StepShape(rows=4, blocks=6, draws=True, pulls=False)
+    results = []
+    for is_warmed in (False, True):
+        rig = DecodeRig(cuda, num_sequences=3, blocks_each=6, max_graphs=GRAPHS)
+        try:
+            if is_warmed:
+                rig.decode.capture(shape)
+            for at, prompt in enumerate(prompts(3, PROMPT_TOKENS)):
+                rig.add(prompt, RANDOM if at % 2 else GREEDY)
+            steps = [rig.launch().read() for _ in range(4)]
+            assert rig.decode.num_graphs == 1
+            results.append([[pick.token for pick in step.picks] for step in steps])
+        finally:
+            rig.close()
+    assert results[0] == results[1]

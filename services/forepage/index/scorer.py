@@ -50,6 +50,22 @@ class Scorer:
         self._layout = key_layout(geometry)
         self._device = device
 
+    def warm_up(self) -> None:
+        """Have a GPU compile what the first question would wait for."""
+        with torch.inference_mode():
+            layers, layout = len(self._indexer.target_layers), self._layout
+            q, weights = self._indexer.queries(
+                torch.zeros(layers, self._indexer.hidden_size, device=self._device), 0
+            )
+            memory_indexer(
+                q.unsqueeze(0),
+                weights.unsqueeze(0),
+                torch.zeros(layout.plane_bytes, dtype=torch.uint8, device=self._device),
+                layout=layout,
+                plane_offsets=torch.zeros(1, 1, layers, dtype=torch.int64, device=self._device),
+                threshold=0.0,
+            )
+
     def score_blocks(
         self,
         keys: MappedKeys,

@@ -159,9 +159,12 @@ def build_servicer(
         num_target_layers=len(indexer.target_layers),
         threshold=_threshold(settings.index, indexer),
     )
+    scorer = Scorer(indexer, geometry, device)
+    if device.type == "cuda":
+        scorer.warm_up()
     servicer = LookaheadServicer(
         store,
-        Planner(scoring(Scorer(indexer, geometry, device)), limits),
+        Planner(scoring(scorer), limits),
         publisher=publisher,
         telemetry=telemetry,
         max_inflight=settings.index.max_inflight,

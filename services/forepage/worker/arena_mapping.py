@@ -5,6 +5,7 @@ piece by piece; the worker is not ready before it is done. Nobody but the loop r
 """
 
 import threading
+from collections.abc import Callable
 
 import structlog
 import torch
@@ -15,6 +16,7 @@ from forepage.errors import DependencyError
 
 MAX_CHUNK_BYTES = 8 << 30
 """One registration of 512 GiB fails, and a 700 GB one stalls every process for minutes (peers' reports)."""
+POLL_S = 0.2
 _log = structlog.get_logger("forepage.worker.arena")
 
 
@@ -45,15 +47,10 @@ class PinnedArena:
         """Whether the GPU may read all of it."""
         return self.pinned_bytes == self.num_bytes
 
-    @property
-    def is_done(self) -> bool:
-        """Whether `wait` would not wait."""
-        return self.is_ready or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Until it is ready. Raises: DependencyError when the driver refuses."""
-        if self._thread.ident is not None:
-            self._thread.join()
+    def wait(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """Until it is ready, or nobody needs it any more. Raises: DependencyError when the driver refuses."""
+        while self._thread.is_alive() and not is_stopping():
+            self._thread.join(POLL_S)
         if self._error is not None:
             raise self._error
 

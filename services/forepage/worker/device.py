@@ -38,6 +38,7 @@ from forepage.worker.commands import (
     encode_batch,
 )
 from forepage.worker.copy_engine import BlockStore
+from forepage.worker.decode_graph import StepShape
 from forepage.worker.host_copy import HostCopy
 from forepage.worker.launched_step import DecodeRow, EagerStep, LaunchedStep
 from forepage.worker.padded_decode import PaddedDecode
@@ -86,13 +87,23 @@ class Device:
     @property
     def description(self) -> str:
         """Where the worker computes, for people."""
-        where = str(self.local.memory.device)
+        where = str(self.kind)
         return where if self._num_ranks == 1 else f"{where} and {self._num_ranks - 1} more"
+
+    @property
+    def kind(self) -> torch.device:
+        """Where rank 0 computes."""
+        return self.local.memory.device
 
     @property
     def may_run_ahead(self) -> bool:
         """Whether a step can be launched before the tokens of the last one are known, and gains by it."""
-        return self._padded is not None and self.local.memory.device.type == "cuda"
+        return self._padded is not None and self.kind.type == "cuda"
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are replayed: `capture` is of use."""
+        return self._padded is not None and self._padded.has_graphs
 
     @property
     def makes_audits(self) -> bool:
@@ -157,6 +168,11 @@ class Device:
         """So many more parts of the chunk under way; its output with the last."""
         return self._step(PrefillMore(num_parts))
 
+    def capture(self, shape: StepShape) -> None:
+        """Have the graph of such decode steps before one of them comes."""
+        if self._padded is not None:
+            self._padded.capture(shape)
+
     def decode(self, rows: Seq[DecodeRow]) -> LaunchedStep:
         """Process one token of each sequence and pick the next ones."""
         if self._padded is not None:
@@ -165,7 +181,7 @@ class Device:
         slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
         output = self._step(DecodeStep(slots, positions, tuple(tokens)))
         assert output is not None
-        is_cpu = self.local.memory.device.type == "cpu"
+        is_cpu = self.kind.type == "cpu"
         step = EagerStep.sampled(output, rows, fallbacks=() if is_cpu else ("eager_decode",))
         self._last_tokens |= {row.slot: pick.token for row, pick in zip(rows, step.result.picks, strict=True)}
         return step

@@ -20,7 +20,7 @@ from torch import Tensor
 from forepage.model.indexer import IndexerTap
 from forepage.model.transformer import StepOutput
 from forepage.telemetry import Telemetry
-from forepage.worker.decode_graph import DecodeGraphs, StepShape, StepTensors
+from forepage.worker.decode_graph import DecodeGraph, DecodeGraphs, StepShape, StepTensors
 from forepage.worker.device_audit import AuditCopies, AuditRow, DeviceAudit, TapTensors
 from forepage.worker.host_copy import HostCopy, upload
 from forepage.worker.launched_step import DecodeRow, StepResult
@@ -129,6 +129,11 @@ class PaddedDecode:
                 self._graphs = DecodeGraphs(self._forward, device, max_graphs=max_graphs, telemetry=telemetry)
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether steps are replayed."""
+        return self._graphs is not None
+
+    @property
     def num_graphs(self) -> int:
         """Graphs captured and kept."""
         return 0 if self._graphs is None else len(self._graphs)
@@ -161,23 +166,27 @@ class PaddedDecode:
             pulls=any(row.pulls for row in rows),
         )
 
+    def capture(self, shape: StepShape) -> None:
+        """Compile and capture that shape, unless it is."""
+        if self._graphs is not None and self._graphs.find(shape) is None:
+            self._capture(self._graphs, shape)
+
     def _run(self, rows: Seq[DecodeRow], shape: StepShape) -> StepTensors:
-        if self._graphs is None:
-            self._set_inputs(rows, shape)
-            return self._forward(shape)
-        graph = self._graphs.find(shape)
-        if graph is None:
-            self._set_inputs((), shape)
-            try:
-                graph = self._graphs.capture(shape)
-            except torch.OutOfMemoryError as error:
-                _log.error(
-                    "no memory for a decode graph: steps are launched kernel by kernel", error=str(error)
-                )
-                self._graphs = None
-                return self._run(rows, shape)
+        graph = None
+        if self._graphs is not None:
+            graph = self._graphs.find(shape) or self._capture(self._graphs, shape)
         self._set_inputs(rows, shape)
-        return graph.replay()
+        return self._forward(shape) if graph is None else graph.replay()
+
+    def _capture(self, graphs: DecodeGraphs, shape: StepShape) -> DecodeGraph | None:
+        """On padding; without memory for it there are no graphs from now on."""
+        self._set_inputs((), shape)
+        try:
+            return graphs.capture(shape)
+        except torch.OutOfMemoryError as error:
+            _log.error("no memory for a decode graph: steps are launched kernel by kernel", error=str(error))
+            self._graphs = None
+            return None
 
     def _set_inputs(self, rows: Seq[DecodeRow], shape: StepShape) -> None:
         inputs = np.zeros((shape.rows, NUM_COLUMNS), np.int64)

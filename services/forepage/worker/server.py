@@ -29,7 +29,9 @@ from forepage.worker.gauges import observe_worker
 from forepage.worker.index_client import IndexClient
 from forepage.worker.loop import Loop
 from forepage.worker.rank_processes import followers
+from forepage.worker.readiness import Readiness
 from forepage.worker.servicer import DecodeWorker
+from forepage.worker.warm_up import WarmUp
 
 POLL_S = 0.2
 _log = structlog.get_logger("forepage.worker")
@@ -84,9 +86,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         loop = Loop(parts, arena.tensor)
         observe_worker(parts, loop)
         identity = folder.card(settings.worker)
-        servicer = DecodeWorker(loop, parts, identity, folder.grammar(), arena, eos=folder.eos)
+        readiness = Readiness(arena, WarmUp.of(parts))
+        servicer = DecodeWorker(loop, parts, identity, folder.grammar(), readiness, eos=folder.eos)
         async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):
-            await _serve(settings, stop, loop, servicer, arena, identity, tls)
+            await _serve(settings, stop, loop, servicer, readiness, identity, tls)
         if loop.broken is not None:
             raise loop.broken
         if not loop.is_running:
@@ -99,11 +102,11 @@ async def _serve(
     stop: asyncio.Event,
     loop: Loop,
     servicer: DecodeWorker,
-    arena: PinnedArena,
+    readiness: Readiness,
     identity: WorkerFrame,
     tls: MutualTls | None,
 ) -> None:
-    """From here on the worker answers; it is ready, and found by gateways, once its arena is page-locked."""
+    """From here on the worker answers; it is ready, and found by gateways, once it is prepared."""
     drain_s = settings.worker.drain_timeout_s
     async with serving(
         settings.worker.listen,
@@ -112,11 +115,9 @@ async def _serve(
         drain_s=drain_s,
         ready=False,
     ) as (port, health):
-        while not stop.is_set() and not arena.is_done:
-            await _pause(stop)
-        if not arena.is_done:
+        await readiness.prepare(stop.is_set)
+        if not readiness.is_ready:
             return
-        arena.wait()
         loop.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         _log.info("worker ready", port=port, worker=identity.worker_id, model=identity.model_name)

@@ -15,11 +15,11 @@ from forepage.rpc import worker_pb2_grpc as rpc
 from forepage.rpc.edge import abort, metadata_of
 from forepage.telemetry import SpanName
 from forepage.trace_context import incoming_context
-from forepage.worker.arena_mapping import PinnedArena
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.loop import Loop
 from forepage.worker.outbox import Events, Outbox, joined
 from forepage.worker.parts import WorkerParts
+from forepage.worker.readiness import Readiness
 from forepage.worker.request import PROTO_OF_MODE, Request
 from forepage.worker.sequence import Sequence
 
@@ -38,12 +38,12 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         parts: WorkerParts,
         identity: WorkerFrame,
         grammar: GrammarTokenizer,
-        arena: PinnedArena,
+        readiness: Readiness,
         *,
         eos: int,
     ) -> None:
         self._loop = loop
-        self._arena = arena
+        self._readiness = readiness
         self._parts = parts
         self._identity = identity
         self._grammar = grammar
@@ -59,13 +59,8 @@ class DecodeWorker(rpc.DecodeWorkerServicer):
         try:
             if self.draining or self._loop.broken is not None:
                 raise DependencyError("this worker takes no more requests", None, 1.0)
-            if not self._arena.is_ready:
-                raise DependencyError(
-                    f"this worker is not ready: {self._arena.pinned_bytes >> 20} of "
-                    f"{self._arena.num_bytes >> 20} MiB of its arena are page-locked",
-                    None,
-                    5.0,
-                )
+            if not self._readiness.is_ready:
+                raise DependencyError(f"this worker is not ready: {self._readiness.progress}", None, 5.0)
             asked = Request.parse(
                 request, self._parts.settings, vocab_size=self._parts.device.spec.vocab_size, eos=self._eos
             )
