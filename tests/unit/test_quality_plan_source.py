@@ -15,6 +15,7 @@ from forepage.rpc import index_pb2, worker_pb2
 from forepage.settings import WorkerSettings
 from forepage.worker.report import Report, StepView
 from forepage.worker.request import Request
+from forepage.worker.resident_history import ResidentHistory
 
 CHOICE = BlockChoice(tuple(map(BlockIdx, (7, 2, 9))), (0.9, 0.8, 0.7), 5)
 FLASH_CONFIG = {
@@ -116,7 +117,7 @@ def report_of(*, audit: bool) -> worker_pb2.ResidencyReport:
     resident = ResidentSet(pinned_from=98, num_blocks=100)
     for block in (3, 4, 50, 98, 99):
         resident.row_id_by_block[block] = resident.key_id_by_block[block] = block
-    report = Report(seen_blocks=set() if audit else None)
+    report = Report(history=ResidentHistory() if audit else None)
     tiny = KvGeometry.from_config(
         {
             "num_hidden_layers": 2,
@@ -144,7 +145,8 @@ def test_usage_prices_the_resident_set_at_flash_and_names_the_source() -> None:
     assert usage["plan_source"] == "recency"
     assert usage["chosen_blocks_mean"] == 3.0
     assert usage["evidence_recall_steps"] == [0.75]
-    assert usage["resident_block_idx"] == [3, 4, 50, 98, 99]
+    assert usage["resident_block_idx"] == usage["resident_set_block_idx"] == [3, 4, 50, 98, 99]
+    assert (usage["resident_set_step"], usage["resident_set_size"]) == ([1], [5])
 
 
 def test_usage_lists_steps_and_blocks_only_when_audits_were_asked() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from forepage.kv.geometry import C4_RATIO
+from forepage.model.attention_mass import attention_mass
 from forepage.model.branch import C4Branch, C128Branch, DecodeRows, Pulls, branch_of, exact_dtype
 from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import PoolLayers
@@ -36,10 +37,11 @@ class Attended:
     out: Tensor
     tap: IndexerTap | None = None
     pulls: Pulls | None = None
+    mass: Tensor | None = None  # f32 [mass_tokens, index_topk] of a prefill that was asked for it
 
     def last(self) -> "Attended":
-        """The last token's alone."""
-        return Attended(self.out[-1:], None if self.tap is None else self.tap.last())
+        """The last token's alone; the mass stays what was asked for."""
+        return Attended(self.out[-1:], None if self.tap is None else self.tap.last(), mass=self.mass)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,18 @@ class Attention:
             window_tokens=self.spec.window_tokens,
             softmax_scale=self._scale,
         )
-        return Attended(self._output(attended, rope), tap)
+        mass = None
+        if rows is not None and tap is not None and step.mass_tokens:
+            mass = attention_mass(
+                q[-step.mass_tokens :],
+                rows.rows,
+                tap.selected[-step.mass_tokens :],
+                window,
+                self.sinks,
+                window_tokens=self.spec.window_tokens,
+                softmax_scale=self._scale,
+            )
+        return Attended(self._output(attended, rope), tap, mass=mass)
 
     @property
     def _num_heads(self) -> int:

@@ -96,10 +96,17 @@ class PrefillStep:
     row_slots: Tensor  # i64 [N] of every c4 entry up to the chunk's end
     key_slots: Tensor  # i64 [N]
     c128_slots: Tensor  # i64 [end // 128]
+    mass_tokens: int  # of so many of the last ones the attention mass is wanted
 
     @classmethod
     def plan(
-        cls, chunk: PrefillChunk, num_tokens: int, geometry: KvGeometry, frequencies: RopeFrequencies
+        cls,
+        chunk: PrefillChunk,
+        num_tokens: int,
+        geometry: KvGeometry,
+        frequencies: RopeFrequencies,
+        *,
+        mass_tokens: int = 0,
     ) -> "PrefillStep":
         """Index arithmetic on the tables' device. Raises: IntegrityError if a block is not resident."""
         device, end = chunk.row_table.device, chunk.start + num_tokens
@@ -126,6 +133,7 @@ class PrefillStep:
             row_slots=row_slots,
             key_slots=key_slots,
             c128_slots=c128_slots,
+            mass_tokens=mass_tokens,
         )
 
 

@@ -40,6 +40,7 @@ class StepOutput:
     pulled_rows: Tensor  # i64 [B] rows pulled from the arena, all layers together
     unserved_rows: Tensor  # i64 [B] selected rows that were neither resident nor pullable: 0 in a sound step
     prompt_evidence: Tensor | None = None  # f32 [blocks] of a prefill that was asked for it
+    attention_mass: Sequence[Tensor] = ()  # per c4 layer f32 [n, index_topk], likewise
 
 
 PrefillParts = Generator[None, None, StepOutput]
@@ -138,13 +139,20 @@ class Transformer:
         *,
         all_logits: bool = False,
         evidence_tokens: int = 0,
+        mass_tokens: int = 0,
     ) -> StepOutput:
         """Process tokens i64 [S] of one sequence; the output is the last token's, or every token's.
 
-        `evidence_tokens`: of so many of the last ones `prompt_evidence` says where they looked, in any layer.
+        `evidence_tokens`: of so many of the last ones `prompt_evidence` says where they looked, in any layer;
+        `mass_tokens`: of so many `attention_mass` says what the selected entries got.
         """
         parts = self.prefill_parts(
-            tokens, chunk, pools, all_logits=all_logits, evidence_tokens=evidence_tokens
+            tokens,
+            chunk,
+            pools,
+            all_logits=all_logits,
+            evidence_tokens=evidence_tokens,
+            mass_tokens=mass_tokens,
         )
         output = advance_prefill(parts, self.num_prefill_parts)
         assert output is not None
@@ -158,12 +166,15 @@ class Transformer:
         *,
         all_logits: bool = False,
         evidence_tokens: int = 0,
+        mass_tokens: int = 0,
     ) -> PrefillParts:
         """The same part by part, for `advance_prefill`; how many are done at a time does not change a bit.
 
         Until the last one the sequence is between two tokens: nothing else may step it or change its tables.
         """
-        step = PrefillStep.plan(chunk, tokens.shape[0], self.geometry, self._frequencies)
+        step = PrefillStep.plan(
+            chunk, tokens.shape[0], self.geometry, self._frequencies, mass_tokens=mass_tokens
+        )
         layers = PoolLayers(self.geometry, pools)
         wanted = slice(None) if all_logits else slice(-1, None)
         record = _Record(self.target_layers, tokens[wanted], self.spec.hidden_size)
@@ -215,6 +226,7 @@ class _Record:
         self._hidden: dict[int, Tensor] = {}
         self._no_hidden = torch.zeros(tokens.shape[0], 0, hidden_size, device=tokens.device)
         self._taps: list[IndexerTap] = []
+        self._masses: list[Tensor] = []
         self._pulled = torch.zeros_like(tokens)
         self._unserved = torch.zeros_like(tokens)
         self._evidence: Tensor | None = None
@@ -224,6 +236,8 @@ class _Record:
             self._hidden[layer] = x.float()
         if attended.tap is not None:
             self._taps.append(attended.tap)
+        if attended.mass is not None:
+            self._masses.append(attended.mass)
         if attended.pulls is not None:
             self._pulled = self._pulled + attended.pulls.pulled
             self._unserved = self._unserved + attended.pulls.unserved
@@ -241,6 +255,7 @@ class _Record:
             pulled_rows=self._pulled,
             unserved_rows=self._unserved,
             prompt_evidence=self._evidence,
+            attention_mass=self._masses,
         )
 
 

@@ -8,6 +8,7 @@ from forepage.kv.resident_set import ResidentSet
 from forepage.rpc import worker_pb2 as pb
 from forepage.worker.reads import Reads
 from forepage.worker.request import PROTO_OF_MODE, PROTO_OF_SOURCE, Request
+from forepage.worker.resident_history import ResidentHistory
 
 
 @dataclass
@@ -46,6 +47,7 @@ class StepView:
     c4_footprint: float
     footprint_flash: float
     blocks: frozenset[int]
+    """Those it can attend: with complete keys all of them, rows that are absent are pulled."""
 
     @classmethod
     def of(
@@ -77,7 +79,7 @@ class StepView:
             footprint=footprint(geometry),
             c4_footprint=rows / total,
             footprint_flash=footprint(V4_FLASH),
-            blocks=frozenset(resident.row_id_by_block),
+            blocks=frozenset(range(total) if resident.keys_complete else resident.row_id_by_block),
         )
 
 
@@ -120,8 +122,8 @@ class Report:
     stalled_ms: float = 0.0
     footprint_flash: Mean = field(default_factory=Mean)
     chosen: Mean = field(default_factory=Mean)
-    seen_blocks: set[int] | None = None
-    """Every block that was resident at a paged step; None: not asked for."""
+    history: ResidentHistory | None = None
+    """What each step could attend; None: not asked for."""
     reads: Reads | None = None
     """Which blocks were read; None: not asked for."""
 
@@ -137,8 +139,8 @@ class Report:
         else:
             self.paged_steps += 1
             self.chosen.add(view.num_chosen)
-            if self.seen_blocks is not None:
-                self.seen_blocks.update(view.blocks)
+        if self.history is not None:
+            self.history.add_step(self.decode_steps, view.blocks, is_paged=not view.keys_complete)
         self.footprint.add(view.footprint)
         self.c4_footprint.add(view.c4_footprint)
         self.footprint_flash.add(view.footprint_flash)
@@ -192,7 +194,6 @@ class Report:
             footprint_flash=self.footprint_flash.value or 0.0,
             chosen_blocks_mean=self.chosen.value or 0.0,
             evidence_recall_steps=self.recall.steps if request.audit else (),
-            resident_block_idx=sorted(self.seen_blocks or ()),
             resumed_tokens=request.num_answered,
         )
         for name, value in (
@@ -208,6 +209,8 @@ class Report:
         ):
             if value is not None:
                 setattr(report, name, value)
+        if self.history is not None:
+            self.history.write(report)
         if self.reads is not None:
             for block_idx, mass in self.reads.mean_mass():
                 report.read_block_idx.append(block_idx)

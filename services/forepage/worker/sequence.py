@@ -36,6 +36,7 @@ from forepage.worker.lookahead_state import LookaheadState
 from forepage.worker.reads import Reads
 from forepage.worker.report import Report
 from forepage.worker.request import Request
+from forepage.worker.resident_history import ResidentHistory
 from forepage.worker.sampler import Row
 
 Emit = Callable[[pb.GenerateEvent], None]
@@ -178,7 +179,7 @@ class Sequence:
         )
         seen = set(request.prompt) if request.sampling.has_penalty else set()
         report = Report(
-            seen_blocks=set() if request.audit else None, reads=Reads() if request.reads else None
+            history=ResidentHistory() if request.audit else None, reads=Reads() if request.reads else None
         )
         started = cls(
             request, emit, span, hasher, guard, tokens=list(request.prompt), seen=seen, report=report
