@@ -127,7 +127,7 @@ def test_an_alert_fires_on_the_first_event(watched: Watched) -> None:
     def firing() -> set[str]:
         return {rule["name"] for rule in watched.prometheus.rules() if rule["state"] != "inactive"}
 
-    assert "RequestsRefused" in firing()
+    wait_until(lambda: "RequestsRefused" in firing(), timeout_s=SCRAPES_S, what="an alert of the refusal")
 
 
 def test_a_dot_leads_to_the_trace_of_a_request(watched: Watched) -> None:
