@@ -7,9 +7,7 @@ does not change the time: every token selects `index_topk` entries whatever they
 """
 
 import json
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +21,7 @@ from forepage.model.kv_pools import KvPools, PoolCapacity, PrefillChunk
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
+from loadtest.result_file import result_file
 
 TINY = Path(__file__).parents[1] / "services/forepage/model/bundled/tiny/config.json"
 SEED = 0
@@ -93,18 +92,15 @@ def _table(rows: list[dict[str, object]]) -> str:
 
 def _write(out: Path, rows: list[dict[str, object]], config: dict[str, object]) -> None:
     properties = torch.cuda.get_device_properties(0)
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "what": "prefill of one prompt by the model alone",
-        "command": "python -m loadtest.prefill --out loadtest/results"
+    result = result_file(
+        "prefill of one prompt by the model alone",
+        command="python -m loadtest.prefill --out loadtest/results"
         + "".join(f" --lengths {row['prompt_tokens']}" for row in rows),
-        "commit": done.stdout.strip() or None,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": {"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__},
-        "ceilings": {},
-        "config": config,
-        "rows": rows,
-    }
+        device={"gpu": properties.name, "torch": torch.__version__, "triton": triton.__version__},
+        config=config,
+        why={"ceilings": "its kernels' are in kernels/bench/results.json"},
+        rows=rows,
+    )
     out.mkdir(parents=True, exist_ok=True)
     (out / "prefill.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "prefill.md").write_text(_table(rows))

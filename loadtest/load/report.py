@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from loadtest.load.figures import Row, rows_of
 from loadtest.load.sample import Sample
 from loadtest.load.shapes import Shape
-from loadtest.quality.report import commit_of_tree
+from loadtest.result_file import result_file
 
 WHAT = "How long users of a running endpoint wait, and what paging does, under load"
 COLUMNS = (
@@ -46,15 +45,11 @@ def result_of(
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The whole file: what every result file has, then the rows, then users and tokens over time."""
-    commit = commit_of_tree()
-    return {
-        "what": WHAT,
-        "command": command,
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": dict(device),
-        "ceilings": None,
-        "config": {
+    return result_file(
+        WHAT,
+        command=command,
+        device=dict(device),
+        config={
             **config,
             "shape": shape.what,
             "stages": [[stage.seconds, stage.users] for stage in shape.stages],
@@ -63,12 +58,9 @@ def result_of(
             "think_s": shape.think_s,
             "seconds": round(seconds, 3),
         },
-        "why": {
-            "ceilings": "what users see over HTTP; the server's own limits are in the other result files",
-            **({} if commit else {"commit": "not run in a git work tree"}),
-        },
-        "rows": rows_of(shape.name, samples, seconds=seconds),
-    }
+        why={"ceilings": "what users see over HTTP; the server's own limits are in the other result files"},
+        rows=rows_of(shape.name, samples, seconds=seconds),
+    )
 
 
 def write(

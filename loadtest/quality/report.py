@@ -1,15 +1,14 @@
 """quality.json, and the Markdown table and picture made from it."""
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from loadtest.quality.answers import Answer
 from loadtest.quality.arms import Arm
 from loadtest.quality.figures import Row, depth_rows_of, rows_of
+from loadtest.result_file import result_file
 
 WHAT = "Accuracy, evidence recall and KV footprint by suite, length and arm"
 WHAT_ABLATION = "What each setting of the lookahead does to accuracy, evidence recall and KV footprint"
@@ -40,22 +39,15 @@ def result_of(
     answers: Sequence[Answer], *, command: str, device: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The whole file: what every result file has, then the rows."""
-    commit = commit_of_tree()
-    return {
-        "what": WHAT,
-        "command": command,
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": dict(device),
-        "ceilings": None,
-        "config": dict(config),
-        "why": {
-            "ceilings": "accuracy has no hardware ceiling",
-            **({} if commit else {"commit": "not run in a git work tree"}),
-        },
-        "rows": rows_of(answers),
-        "depths": depth_rows_of(answers),
-    }
+    result = result_file(
+        WHAT,
+        command=command,
+        device=dict(device),
+        config=config,
+        why={"ceilings": "accuracy has no hardware ceiling"},
+        rows=rows_of(answers),
+    )
+    return {**result, "depths": depth_rows_of(answers)}
 
 
 def ablation_of(
@@ -184,18 +176,3 @@ def _line(panel: Any, points: Sequence[Row], arm: Arm, number: int) -> None:
         color=f"C{number}",
         label=arm.value,
     )
-
-
-def commit_of_tree() -> str | None:
-    """The commit that these files are of; None outside a git work tree."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=Path(__file__).parent,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

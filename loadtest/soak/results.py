@@ -1,11 +1,11 @@
 """reliability.json: a row a fault; each run adds its own. Table and picture are made from the file."""
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from loadtest.result_file import result_file
 
 NAME = "reliability"
 WHAT = "What was promised of each fault, and what was seen"
@@ -31,21 +31,14 @@ def write(folder: Path, rows: Sequence[Row], *, command: str, device: str, confi
     new = {_key(row) for row in marked}
     kept = [row for row in earlier.get("rows", []) if _key(row) not in new]
     commands = dict.fromkeys([*str(earlier.get("command", "")).split(" && "), command])
-    commit = _commit()
-    result = {
-        "what": WHAT,
-        "command": " && ".join(one for one in commands if one),
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": sorted({str(row["device"]) for row in (*kept, *marked)}),
-        "ceilings": None,
-        "config": earlier.get("config", {}) | {f"{device}: {command}": dict(config)},
-        "why": {
-            "ceilings": "promises have no hardware ceiling",
-            **({} if commit else {"commit": "not run in a git work tree"}),
-        },
-        "rows": [*kept, *marked],
-    }
+    result = result_file(
+        WHAT,
+        command=" && ".join(one for one in commands if one),
+        device=sorted({str(row["device"]) for row in (*kept, *marked)}),
+        config=earlier.get("config", {}) | {f"{device}: {command}": dict(config)},
+        why={"ceilings": "promises have no hardware ceiling"},
+        rows=[*kept, *marked],
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(folder)
@@ -102,12 +95,3 @@ def _picture(path: Path, rows: Sequence[Row]) -> None:
     panel.set_xlabel("seconds until served as before (red: a promise was broken)", fontsize=8)
     panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def _commit() -> str | None:
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

@@ -36,9 +36,8 @@ async def _measure_all(run: Run) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = shared_options("loadtest.throughput", __doc__)
-    parser.add_argument("--contexts", nargs="+", type=int, default=[65_536, 262_144, 524_288, 1_048_576])
-    parser.add_argument("--arms", nargs="+", type=Arm, default=list(Arm), choices=list(Arm))
+    contexts = [65_536, 262_144, 524_288, 1_048_576]
+    parser = shared_options("loadtest.throughput", __doc__, contexts=contexts, arms=list(Arm))
     parser.add_argument("--max-sequences", type=int, default=256)
     return parser
 

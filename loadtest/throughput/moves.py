@@ -327,10 +327,8 @@ async def _observe(run: Run, crowd: Crowd, system: System) -> Found:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = shared_options("loadtest.throughput.moves", __doc__)
     arms = [Arm.EXACT, Arm.LOOKAHEAD, Arm.GUARDED]
-    parser.add_argument("--contexts", nargs="+", type=int, default=[65_536])
-    parser.add_argument("--arms", nargs="+", type=Arm, default=arms, choices=arms)
+    parser = shared_options("loadtest.throughput.moves", __doc__, contexts=[65_536], arms=arms, choices=arms)
     parser.add_argument("--sequences", type=int, default=5, help="that stay")
     parser.add_argument("--guest-tokens", type=int, default=64, help="tokens of an answer of those that come")
     parser.add_argument("--rounds", type=int, default=5)

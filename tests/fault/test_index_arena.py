@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from forepage.coldpool.arena import SUPERBLOCK_BYTES
+from forepage.coldpool.records import payload_checksum
 from rigs.index_stream import asking, question, serving_index
 from rigs.key_arena import KeyArena
 
@@ -73,19 +73,34 @@ async def test_arena_that_is_gone_is_served_from_the_old_mapping(tmp_path: Path)
     assert (reply.error_code, reply.plan.num_scored) == ("", 3)
 
 
-@pytest.mark.parametrize("damage", ["short", "garbage", "version"])
-async def test_file_that_is_no_arena_is_refused_until_it_is_one(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("short", "the superblock wants"),
+        ("garbage", "no superblock"),
+        ("changed", "damaged"),
+        ("version", "layout version 99"),
+    ],
+)
+async def test_file_that_is_no_arena_is_refused_until_it_is_one(
+    tmp_path: Path, damage: str, says: str
+) -> None:
     path = tmp_path / "arena"
-    whole = KeyArena.create(tmp_path / "whole", num_slots=3).arena.path.read_bytes()
-    broken = {
-        "short": whole[:-1],
-        "garbage": bytes(len(whole)),
-        "version": whole[:8] + b"\x63" + whole[9:SUPERBLOCK_BYTES] + whole[SUPERBLOCK_BYTES:],
-    }[damage]
-    path.write_bytes(broken)
+    made = KeyArena.create(tmp_path / "whole", num_slots=3).arena
+    whole, described = made.path.read_bytes(), len(made.shape.encode())
+    other = whole[:8] + b"\x63" + whole[9 : described - 8]
+    path.write_bytes(
+        {
+            "short": whole[:-1],
+            "garbage": bytes(len(whole)),
+            "changed": other + whole[len(other) :],
+            "version": other + payload_checksum(other).to_bytes(8, "little") + whole[described:],
+        }[damage]
+    )
     async with serving_index(path) as index, asking(index.address) as asker:
         reply = await asker.ask(question(1, []))
         assert reply.error_code == "integrity_error"
-        made = KeyArena.create(path, num_slots=3)
-        reply = await asker.ask(question(2, [made.complete(0)]))
+        assert says in reply.error_message
+        right = KeyArena.create(path, num_slots=3)
+        reply = await asker.ask(question(2, [right.complete(0)]))
         assert (reply.error_code, reply.plan.num_scored) == ("", 1)

@@ -20,11 +20,12 @@ from forepage.coldpool import attachment
 from forepage.coldpool import client as client_module
 from forepage.coldpool.call_gate import CallGate
 from forepage.coldpool.client import ColdPoolClient, PublishedRecord, RecordKind, SlotRef
-from forepage.coldpool.records import payload_checksum
+from forepage.coldpool.records import LAYOUT_VERSION, payload_checksum
 from forepage.coldpool.server import read_geometry, serve
-from forepage.errors import CapacityError, DependencyError, ModelFormatError, RequestError
+from forepage.errors import CapacityError, DependencyError, IntegrityError, ModelFormatError, RequestError
 from forepage.kv.ids import ArenaId
 from forepage.rpc import coldpool_pb2 as pb
+from forepage.rpc.edge import serving
 from forepage.settings import ColdpoolSettings, ModelSettings, Settings
 from forepage.telemetry import SpanName, Telemetry, open_telemetry
 
@@ -170,6 +171,28 @@ async def test_holder_of_another_model_is_refused(host: Host) -> None:
         with pytest.raises(ModelFormatError, match="FOREPAGE_MODEL__"):
             await other.attach()
         await other.close()
+
+
+async def test_arena_of_another_layout_is_refused_by_name(host: Host) -> None:
+    """A manager of another release: no lease of it means here what it means there."""
+    async with host.manager(), host.holder("before") as before:
+        shape = before.view.shape.encode()
+        other = shape[:8] + (LAYOUT_VERSION + 1).to_bytes(4, "little") + shape[12:-8]
+        with before.arena_path.open("r+b") as file:
+            file.write(other + payload_checksum(other).to_bytes(8, "little"))
+        with pytest.raises(IntegrityError, match="layout version 2, this program reads 1"):
+            async with host.holder():
+                pass
+
+
+async def test_manager_of_another_protocol_is_refused_by_name(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "ATTACH_TIMEOUT_S", 0.0)
+    async with serving(host.address, lambda _: None, tls=None, drain_s=0.0):
+        with pytest.raises(DependencyError, match="cold pool: unimplemented"):
+            async with host.holder():
+                pass
 
 
 @pytest.mark.parametrize("holder_id", ["../../etc/x", "a b", "x" * 65, "nobody"])

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from forepage.coldpool.counters import ColdPoolCounters
+from forepage.coldpool.records import LAYOUT_VERSION
 from forepage.errors import DependencyError, IntegrityError
 from forepage.frames import DirectoryFrame
 
@@ -62,7 +63,7 @@ class Directory:
         found: dict[str, DirectoryFrame] = {}
         for host, value in fields.items():
             try:
-                found[host.decode()] = DirectoryFrame.decode(value)
+                found[host.decode()] = _read(value)
             except (IntegrityError, UnicodeDecodeError) as error:
                 self._counters.count_damaged("directory")
                 _log.warning("directory_entry_refused", key=key.hex(), reason=str(error))
@@ -121,3 +122,13 @@ class Directory:
 
     def _name(self, key: bytes) -> str:
         return self._prefix + key.hex()
+
+
+def _read(value: bytes) -> DirectoryFrame:
+    """Raises: IntegrityError for what is no entry, or one of a record that this program can't read."""
+    frame = DirectoryFrame.decode(value)
+    if frame.layout_version != LAYOUT_VERSION:
+        raise IntegrityError(
+            f"directory entry: layout version {frame.layout_version}, this program reads {LAYOUT_VERSION}"
+        )
+    return frame

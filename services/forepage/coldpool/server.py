@@ -32,6 +32,7 @@ from forepage.coldpool.shm_names import manager_lock_path
 from forepage.coldpool.tiers import RecordTier, RecordTiers
 from forepage.coldpool.upkeep import reap_holders, scrub
 from forepage.errors import CapacityError, DependencyError, ForepageError, ModelFormatError
+from forepage.from_zero import begin_at_zero
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.logs import open_logs
 from forepage.redis_client import open_redis
@@ -71,6 +72,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         metrics_port=settings.coldpool.metrics_port,
         span_processors=span_log_processors("coldpool", settings.telemetry),
     )
+    begin_at_zero(telemetry, "coldpool")
     try:
         await serve(settings, stop, telemetry)
     except ExceptionGroup as group:

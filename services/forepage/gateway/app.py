@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from forepage.errors import DependencyError, ForepageError, RequestError
 from forepage.exposure import warn_if_open
+from forepage.from_zero import begin_at_zero
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.api_keys import OPEN_PATHS, KeyMiddleware, read_keys
@@ -112,6 +113,7 @@ async def run(
             span_processors=span_log_processors("gateway", settings.telemetry),
         )
         stack.callback(telemetry.close)
+        begin_at_zero(telemetry, "gateway")
         peers = MutualTls.read(settings.tls)
         directory = WorkerDirectory(_worker_source(settings, telemetry), telemetry, peers)
         stack.push_async_callback(directory.close)

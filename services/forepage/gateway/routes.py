@@ -6,7 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 from opentelemetry.trace import Span, SpanKind
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import REGISTRY
+from prometheus_client.exposition import choose_encoder
 
 from forepage.errors import RequestError, UnknownModelError
 from forepage.gateway.admission import Admission
@@ -37,7 +38,8 @@ REFUSED = {
 }
 """What OpenAI's clients may ask and nobody answers, with what to do."""
 _NOT_READY = {"model": dict[str, str], "description": "draining, or no worker"}
-_METRICS = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+_TEXT = {"schema": {"type": "string"}}
+_METRICS = {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}
 
 
 def make_router(starter: Starter, admission: Admission) -> APIRouter:
@@ -121,9 +123,10 @@ def make_router(starter: Starter, admission: Admission) -> APIRouter:
         return JSONResponse({"status": "ready"})
 
     @router.get("/metrics", response_class=Response, responses={200: _METRICS})
-    async def metrics() -> Response:
-        """Prometheus text."""
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(request: Request) -> Response:
+        """Prometheus text; OpenMetrics, with exemplars, for those who accept it."""
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(REGISTRY), media_type=media_type)
 
     @router.get("/version")
     async def show_version() -> dict[str, str]:

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 
 from forepage.coldpool.arena import arena_path
 from forepage.errors import ForepageError
+from forepage.from_zero import begin_at_zero
 from forepage.index.key_store import KeyStore
 from forepage.index.planner import Planner
 from forepage.index.publisher import PlanPublisher, plan_stream
@@ -58,6 +59,7 @@ async def run(settings: Settings, stop: asyncio.Event, scoring: Scoring = by_mem
         metrics_port=settings.index.metrics_port,
         span_processors=span_log_processors("index", settings.telemetry),
     )
+    begin_at_zero(telemetry, "index")
     # Questions run beside each other instead: threads that share one wait for the slowest at every
     # operation, which on a busy 2-core host made scoring 1M tokens 5 to 100 times slower.
     torch.set_num_threads(1)

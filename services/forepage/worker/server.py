@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from forepage.coldpool.client import ColdPoolClient
 from forepage.frames import WorkerFrame
+from forepage.from_zero import begin_at_zero
 from forepage.logs import open_logs
 from forepage.model.rank_group import RankLostError
 from forepage.model.tensor_parallel import check_split
@@ -53,6 +54,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     )
     async with AsyncExitStack() as stack:
         stack.callback(telemetry.close)
+        begin_at_zero(telemetry, "worker")
         tls = MutualTls.read(settings.tls)
         folder = ModelFolder.read(settings.model)
         check_split(folder.spec, settings.worker.tensor_parallel)
