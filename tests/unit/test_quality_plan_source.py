@@ -133,7 +133,12 @@ def report_of(*, audit: bool) -> worker_pb2.ResidencyReport:
     report.recall.add_step(num_evidence=4, num_evidence_resident=3)
     request = parsed(mode="RESIDENCY_MODE_LOOKAHEAD", plan_source="PLAN_SOURCE_RECENCY", audit=audit)
     return report.message(
-        request, final_mode=worker_pb2.RESIDENCY_MODE_LOOKAHEAD, full_by_size=False, budget=8, slack=4
+        request,
+        final_mode=worker_pb2.RESIDENCY_MODE_LOOKAHEAD,
+        full_by_size=False,
+        budget=8,
+        slack=4,
+        num_layers=1,
     )
 
 

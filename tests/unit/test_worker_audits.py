@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from forepage.index.question import QuestionLimits, parse_request
-from forepage.kv.evidence import merge_audit
+from forepage.kv.evidence import AuditVerdict, merge_audit
 from forepage.kv.ids import BlockIdx
 from forepage.model.kv_pools import NAN_BYTE
 from forepage.rpc import index_pb2
@@ -16,6 +16,7 @@ from forepage.settings import SEEDED_MODEL, ModelSettings, ResidencyMode
 from forepage.worker.assembly import ModelFolder
 from forepage.worker.device_audit import StepAudit, merge_verdicts
 from forepage.worker.questions import audit_messages, audited_layers
+from forepage.worker.report import Report
 from forepage.worker.sequence import Sequence, StepTap
 from forepage_kernels.select_topk import select_topk
 from rigs.brute_force import Verdict, all_scores, brute_force
@@ -199,9 +200,9 @@ def test_the_devices_own_audit_reports_the_brute_force_recall(device: str) -> No
                 wanted.append([brute_force(rig, running, audit) for audit in audits])
             after_step(sequence, tap)
 
-        def take(sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
+        def take(sequence: Sequence, audit: StepAudit, *, is_held: bool, is_repeat: bool) -> bool:
             found.append([(v.num_evidence, v.num_evidence_resident) for v in audit.verdicts])
-            return take_audit(sequence, audit, is_held=is_held)
+            return take_audit(sequence, audit, is_held=is_held, is_repeat=is_repeat)
 
         rig.loop._lookahead.after_step = look  # type: ignore[method-assign]
         auditing.take_audit = take  # type: ignore[method-assign]
@@ -288,6 +289,52 @@ def test_a_step_that_missed_evidence_gives_no_token_until_it_is_there() -> None:
     assert report.decode_steps == 23, "a step that is made again counts once"
     assert report.tokens_before_escalation == 0
     assert running.tokens == full.tokens
+
+
+def seen(*layers: tuple[int, int]) -> list[AuditVerdict]:
+    """By layer: evidence entries, and how many of them were resident."""
+    return [AuditVerdict(evidence, resident, 0.1, 0.9, ()) for evidence, resident in layers]
+
+
+def test_the_estimate_counts_layers_that_no_audit_looked_at_as_found_before_repair() -> None:
+    """Two of eight layers are audited; the second step missed evidence, and was made again with it."""
+    report = Report()
+    for position, first, given in (
+        (10, seen((4, 4), (0, 0)), seen((4, 4), (0, 0))),
+        (11, seen((2, 1), (4, 1)), seen((2, 2), (4, 4))),
+    ):
+        report.add_first_look(first)
+        report.add_audit(position, given)
+    assert report.recall.mean == 1.0
+    found_first = (1.0 + 0.5 + 0.25) / 3
+    assert report.recall_estimate(8) == pytest.approx(1.0 * 2 / 8 + found_first * 6 / 8)
+    assert report.recall_estimate(2) == 1.0, "nothing was left out"
+    assert Report().recall_estimate(8) is None
+
+
+def test_a_sequence_that_repairs_nothing_is_estimated_as_it_was_audited() -> None:
+    with worker_rig(
+        padded=True, audits_on_device=True, audit_layers=1, random_audits=0, early_audit_steps=64
+    ) as rig:
+        rig.index.auto = wants(0)
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=24, budget_blocks=4, audit=True)
+        rig.run(running)
+    report = running.report
+    assert 0.0 < report.evidence_recall_first_mean < 1.0
+    assert report.evidence_recall_estimate == pytest.approx(report.evidence_recall_mean)
+
+
+def test_repeats_are_no_first_looks() -> None:
+    with worker_rig(
+        padded=True, audits_on_device=True, audit_layers=3, random_audits=0, early_audit_steps=64
+    ) as rig:
+        rig.index.auto = wants(0)
+        running = rig.submit(PROMPT, mode=ResidencyMode.GUARDED, max_tokens=24, budget_blocks=7)
+        rig.run(running)
+    report = running.sequence.report
+    assert report.redone_steps > 0
+    assert report.first_layer_recall.count > 0
+    assert (report.first_layer_recall.value or 0.0) < (report.layer_recall.value or 1.0)
 
 
 @pytest.mark.parametrize("num_tokens", [2_400, 2_550], ids=["inside a block", "over a block's end"])

@@ -59,14 +59,16 @@ class Auditing:
                 )
                 for layer in layers
             ]
-            self._take(sequence, position, verdicts)
+            self._take_first(sequence, position, verdicts)
 
-    def take_audit(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
-        """What the device found about a step; whether the step must be made again.
+    def take_audit(self, sequence: Sequence, audit: StepAudit, *, is_held: bool, is_repeat: bool) -> bool:
+        """What the device found about a step (`is_repeat`: made again); whether it must be made again.
 
         Of a step whose token is still held back, a miss is repaired first; then the step counts for nothing.
         """
         recall = _recall(audit.verdicts)
+        if not is_repeat:
+            sequence.report.add_first_look(audit.verdicts)
         if is_held and recall is not None and self._guard(sequence, audit.position, recall, audit.verdicts):
             sequence.lookahead.missed = frozenset(idx for idx, _ in _missing(audit.verdicts))
             sequence.lookahead.is_redone = True
@@ -85,7 +87,7 @@ class Auditing:
         verdicts = [self._score_absent(sequence, tap, layer, absent) for layer in layers]
         sequence.report.worker_audits += 1
         self._parts.telemetry.count(MetricName.FALLBACKS, fallback="worker_audit")
-        self._take(sequence, sequence.num_processed - 1, verdicts)
+        self._take_first(sequence, sequence.num_processed - 1, verdicts)
 
     def shadow(self, sequence: Sequence, tap: StepTap, layers: Seq[int]) -> None:
         """In `exact`: what of this step's selection was absent as rows, and so would have been missed."""
@@ -95,18 +97,16 @@ class Auditing:
             if recall is not None:
                 sequence.guard, _ = sequence.guard.on_audit(recall)
 
+    def _take_first(self, sequence: Sequence, position: int, verdicts: Seq[AuditVerdict]) -> None:
+        """Of a step that is not made again."""
+        sequence.report.add_first_look(verdicts)
+        self._take(sequence, position, verdicts)
+
     def _take(self, sequence: Sequence, position: int, verdicts: Seq[AuditVerdict]) -> None:
-        report, telemetry = sequence.report, self._parts.telemetry
-        report.audited_positions.add(position)
-        report.audited_layers += len(verdicts)
+        telemetry = self._parts.telemetry
         sequence.lookahead.missed = frozenset(idx for idx, _ in _missing(verdicts))
-        recall = report.recall.add_step(
-            num_evidence=sum(v.num_evidence for v in verdicts),
-            num_evidence_resident=sum(v.num_evidence_resident for v in verdicts),
-        )
+        recall = sequence.report.add_audit(position, verdicts)
         for verdict in verdicts:
-            report.missed_mass.add(verdict.missed_mass)
-            report.recall_at_k.add(verdict.recall_at_k)
             telemetry.record(MetricName.MISSED_MASS, verdict.missed_mass)
         if recall is None:
             return

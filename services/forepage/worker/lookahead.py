@@ -100,8 +100,8 @@ class Lookahead:
 
     def must_redo(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
         """Take in what the device found about the step just read; whether it must be made again."""
-        sequence.lookahead.is_redone = False
-        return self._auditing.take_audit(sequence, audit, is_held=is_held)
+        is_repeat, sequence.lookahead.is_redone = sequence.lookahead.is_redone, False
+        return self._auditing.take_audit(sequence, audit, is_held=is_held, is_repeat=is_repeat)
 
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""

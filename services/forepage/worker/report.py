@@ -1,8 +1,10 @@
 """Counts what happened to one sequence's evidence and memory: `usage.forepage` of the answer."""
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from forepage.kv.evidence import RecallEstimate
+from forepage.kv.evidence import AuditVerdict, RecallEstimate
 from forepage.kv.geometry import V4_FLASH, KvGeometry
 from forepage.kv.resident_set import ResidentSet
 from forepage.rpc import worker_pb2 as pb
@@ -88,6 +90,10 @@ class Report:
     """Running figures of one sequence; `message` turns them into the answer's report."""
 
     recall: RecallEstimate = field(default_factory=RecallEstimate)
+    layer_recall: Mean = field(default_factory=Mean)
+    first_layer_recall: Mean = field(default_factory=Mean)
+    """Of every audited layer of a step that had evidence, and the same before any repair for that step: what
+    the layers are like that no audit looked at."""
     missed_mass: Mean = field(default_factory=Mean)
     recall_at_k: Mean = field(default_factory=Mean)
     latency_ms: Mean = field(default_factory=Mean)
@@ -127,6 +133,25 @@ class Report:
     reads: Reads | None = None
     """Which blocks were read; None: not asked for."""
 
+    def add_first_look(self, verdicts: Seq[AuditVerdict]) -> None:
+        """An audit of a step that no repair was made for."""
+        for recall in _layer_recalls(verdicts):
+            self.first_layer_recall.add(recall)
+
+    def add_audit(self, position: int, verdicts: Seq[AuditVerdict]) -> float | None:
+        """The audit of a step that gave its token: the step's recall, None when it had no evidence."""
+        self.audited_positions.add(position)
+        self.audited_layers += len(verdicts)
+        for recall in _layer_recalls(verdicts):
+            self.layer_recall.add(recall)
+        for verdict in verdicts:
+            self.missed_mass.add(verdict.missed_mass)
+            self.recall_at_k.add(verdict.recall_at_k)
+        return self.recall.add_step(
+            num_evidence=sum(verdict.num_evidence for verdict in verdicts),
+            num_evidence_resident=sum(verdict.num_evidence_resident for verdict in verdicts),
+        )
+
     def add_step(self, view: StepView) -> None:
         """What one decode step had on the device."""
         self.budget_max = max(self.budget_max, view.budget)
@@ -150,8 +175,27 @@ class Report:
         """Steps so far."""
         return self.full_steps + self.paged_steps + self.exact_steps
 
+    def recall_estimate(self, num_layers: int) -> float | None:
+        """Mean evidence recall of a c4 layer with evidence, over all layers of the audited steps.
+
+        A step that was made again has no miss left in the layers that were looked at, and only there: the
+        others count as audited layers were when they were looked at first.
+        """
+        mean, first = self.layer_recall.value, self.first_layer_recall.value
+        if mean is None or first is None:
+            return mean
+        audited = self.audited_layers / (num_layers * len(self.audited_positions))
+        return audited * mean + (1 - audited) * min(mean, first)
+
     def message(
-        self, request: Request, *, final_mode: pb.ResidencyMode, full_by_size: bool, budget: int, slack: int
+        self,
+        request: Request,
+        *,
+        final_mode: pb.ResidencyMode,
+        full_by_size: bool,
+        budget: int,
+        slack: int,
+        num_layers: int,
     ) -> pb.ResidencyReport:
         """The report as it goes over the wire; means without a sample are left unset."""
         report = pb.ResidencyReport(
@@ -198,6 +242,8 @@ class Report:
         )
         for name, value in (
             ("evidence_recall_mean", self.recall.mean),
+            ("evidence_recall_first_mean", self.first_layer_recall.value),
+            ("evidence_recall_estimate", self.recall_estimate(num_layers)),
             ("evidence_recall_min", self.recall.minimum),
             ("evidence_recall_low95", self.recall.low95),
             ("missed_mass_mean", self.missed_mass.value),
@@ -216,3 +262,7 @@ class Report:
                 report.read_block_idx.append(block_idx)
                 report.read_mass.append(mass)
         return report
+
+
+def _layer_recalls(verdicts: Seq[AuditVerdict]) -> Iterator[float]:
+    return (recall for verdict in verdicts if (recall := verdict.evidence_recall) is not None)

@@ -1,4 +1,4 @@
-"""Which blocks each decode step of one sequence could attend: another pass over its tokens checks it by them."""
+"""Which blocks each decode step of one sequence could attend; another pass over its tokens checks it."""
 
 from dataclasses import dataclass, field
 

@@ -22,4 +22,5 @@ def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyRepo
         full_by_size=never_paged and sequence.request.mode is not ResidencyMode.FULL,
         budget=max(report.budget_max, sequence.request.budget_blocks),
         slack=parts.settings.load_slack_blocks,
+        num_layers=len(parts.geometry.c4_layers),
     )
