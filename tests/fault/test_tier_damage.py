@@ -201,6 +201,28 @@ def test_a_damaged_copy_is_counted_gone_and_computed_again(
     assert world.stored() == world.written, "written anew, as it was"
 
 
+@pytest.mark.parametrize(("key", "blocks_left"), RECORDS.values(), ids=RECORDS)
+@pytest.mark.parametrize("is_stored", [True, False], ids=["stored", "not stored"])
+def test_damage_in_the_arena_is_made_good_from_the_tier_or_computed_again(
+    world: World, is_stored: bool, key: bytes, blocks_left: int
+) -> None:
+    """The scrubber comes by between two requests."""
+    world.ask()
+    pool = world.arena.pool
+    ref, before = pool.table.find(key), pool.counters.damaged
+    assert ref is not None
+    world.arena.payload(ref)[7] ^= 1
+    if not is_stored:
+        world.runner.run(world.tier.drop(key))
+    sound = world.runner.run(pool.check_payloads(pool.table.complete_refs()))
+    assert (sound.count(False), pool.counters.damaged) == (1, before + 1)
+    running = world.ask()
+    assert running.tokens == resident()
+    assert running.sequence.cached_tokens == (NUM_BLOCKS if is_stored else blocks_left) * BLOCK_TOKENS
+    world.arena.evict_all()
+    assert world.stored() == world.written
+
+
 @pytest.mark.parametrize("mode", [FULL, EXACT])
 def test_whole_copies_are_used(world: World, mode: ResidencyMode) -> None:
     """Else the cases above would show nothing but a cache that is never found."""
