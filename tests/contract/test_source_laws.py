@@ -83,6 +83,19 @@ def test_what_would_unpickle_is_seen(text: str) -> None:
     assert list(unpickling(ast.parse(text)))
 
 
+def test_one_place_opens_tensor_files_with_the_formats_library() -> None:
+    """The others ask it, so that every header is checked by ourselves first (fault/test_claimed_sizes)."""
+    readers = {"safe_open", "load_file", "load_model", "deserialize", "load"}
+    found = {
+        path
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safetensors"
+        if readers & {alias.name for alias in node.names}
+    }
+    assert found == {"services/forepage/model/safetensors_file.py"}
+
+
 def test_only_the_settings_read_our_environment() -> None:
     found = {
         path

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from opentelemetry.trace import INVALID_SPAN
 
-from forepage.coldpool.shm_names import HolderId
 from forepage.errors import CapacityError, ForepageError
 from forepage.index.key_store import KeyStore
 from forepage.index.planner import Planner
@@ -38,12 +37,11 @@ from forepage.worker.assembly import ModelFolder
 from forepage.worker.questions import audit_messages
 from forepage.worker.sequence import Phase, Sequence, StepTap
 from rigs.brute_force import brute_force
-from rigs.pool_arena import PoolArena, run_now
+from rigs.pool_arena import OTHER, PoolArena, run_now
 from rigs.worker import Running, WorkerRig, worker_rig
 from rigs.worker_machine import MAX_TOKENS, SETTINGS, HeldExecutor, WorkerMachine, spoil
 
 NUM_SLOTS = 60
-OTHER = HolderId("other")
 Step = tuple[int, int]
 """Incarnation and position of an audited step."""
 

@@ -122,6 +122,7 @@ class FakeWorker(DecodeWorkerServicer):
 
     worker_id: str = "worker-0"
     model_name: str = MODEL
+    model_fingerprint: str = "fp-1"
     max_context_tokens: int = 1000
     running: int = 0
     waiting: int = 0
@@ -177,7 +178,7 @@ class FakeWorker(DecodeWorkerServicer):
         return pb.DescribeReply(
             worker_id=self.worker_id,
             model_name=self.model_name,
-            model_fingerprint="fp-1",
+            model_fingerprint=self.model_fingerprint,
             max_context_tokens=self.max_context_tokens,
             running=self.running,
             waiting=self.waiting,

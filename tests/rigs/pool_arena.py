@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,8 +27,15 @@ from forepage.telemetry import Telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
 from rigs.worker import MemoryArena
 
-HOLDER = HolderId("worker")
+HOLDER, OTHER = HolderId("worker"), HolderId("other")
 T = TypeVar("T")
+
+
+class Run(Protocol):
+    """Carries a coroutine out to its end."""
+
+    def __call__(self, coroutine: Coroutine[Any, Any, T], /) -> T:
+        """Its result."""
 
 
 def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -44,10 +51,20 @@ def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
 class PoolArena(MemoryArena):
     """An ArenaPort over the real pool; `leases` is the account that its worker keeps."""
 
-    def __init__(self, folder: Path, geometry: KvGeometry, num_slots: int, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        geometry: KvGeometry,
+        num_slots: int,
+        telemetry: Telemetry,
+        *,
+        tiers: RecordTiers | None = None,
+        run: Run = run_now,
+    ) -> None:
+        """`run` carries out the pool's verbs: with `tiers` they wait."""
         super().__init__(geometry, 0)
         self.path = arena_path(folder, "stress")
-        self._telemetry = telemetry
+        self._telemetry, self._tiers, self._run = telemetry, tiers, run
         self._view = Arena.create(self.path, slot_bytes=geometry.slot_bytes, num_slots=num_slots)
         self.num_slots = num_slots
         self.payloads = torch.frombuffer(self._view.buffer, dtype=torch.uint8)
@@ -67,6 +84,14 @@ class PoolArena(MemoryArena):
         waiting, self._waiting = self._waiting, []
         for future, act in waiting:
             self._settle(future, act)
+
+    def evict_all(self) -> None:
+        """Another holder needs every slot for a moment, and leaves other bytes in each."""
+        self.pool.add_holder(OTHER)
+        refs = self._run(self.pool.reserve(OTHER, self.num_slots))
+        for ref in refs:
+            self.payload(ref).fill_(0xFF)
+        self.pool.release(OTHER, refs)
 
     def damage(self, ref: SlotRef) -> None:
         """The scrubber finds the record's payload damaged."""
@@ -135,10 +160,10 @@ class PoolArena(MemoryArena):
         parts = [
             [keys[start : start + 32] for start in range(0, len(keys), 32)] for keys in request.resume_keys
         ]
-        found = run_now(lease_prefix(self.pool, HOLDER, request.block_keys, parts))
+        found = self._run(lease_prefix(self.pool, HOLDER, request.block_keys, parts))
         leased = [*found.blocks, *found.resume_parts]
         try:
-            empty = run_now(self.pool.reserve(HOLDER, request.num_slots - found.num_blocks))
+            empty = self._run(self.pool.reserve(HOLDER, request.num_slots - found.num_blocks))
         except ForepageError:
             self.pool.release(HOLDER, leased)
             raise
@@ -150,7 +175,7 @@ class PoolArena(MemoryArena):
         return self._answer(lambda: self._publish_all(records))
 
     def _publish_all(self, records: Seq[PublishedRecord]) -> list[SlotRef]:
-        refs = run_now(self.pool.publish(HOLDER, records))
+        refs = self._run(self.pool.publish(HOLDER, records))
         self.leases.subtract([record.slot for record in records])
         self.leases.update(refs)
         return refs
@@ -183,7 +208,7 @@ class PoolArena(MemoryArena):
         return ColdPool(
             self._view,
             table,
-            tiers=RecordTiers([], counters),
+            tiers=RecordTiers([], counters) if self._tiers is None else self._tiers,
             directory=None,
             counters=counters,
             identity=Identity("host", "stress"),

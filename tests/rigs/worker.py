@@ -222,8 +222,8 @@ class WorkerRig:
     ) -> None:
         self.parts = parts
         self.ranks = [parts.device.local, *followers]
-        self.arena = arena
-        self.index = index
+        self.arena, self.index = arena, index
+        self.fingerprint = "rig"  # the model's, in the keys of what is submitted from now on
         self.loop = Loop(parts, arena.payloads)
         index.deliver = self.loop.take_reply
 
@@ -261,7 +261,7 @@ class WorkerRig:
             request,
             emit=events.append,
             span=self.parts.telemetry.start_span(SpanName.WORKER_GENERATE),
-            hasher=PrefixHasher("rig", self.parts.geometry.block_tokens, request.cache_salt),
+            hasher=PrefixHasher(self.fingerprint, self.parts.geometry.block_tokens, request.cache_salt),
             settings=self.parts.settings,
         )
         self.loop.submit(sequence)

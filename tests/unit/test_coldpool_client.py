@@ -18,7 +18,6 @@ from opentelemetry.trace import SpanKind
 
 from forepage.coldpool import attachment
 from forepage.coldpool import client as client_module
-from forepage.coldpool.call_gate import CallGate
 from forepage.coldpool.client import ColdPoolClient, PublishedRecord, RecordKind, SlotRef
 from forepage.coldpool.records import LAYOUT_VERSION, payload_checksum
 from forepage.coldpool.server import read_geometry, serve
@@ -297,6 +296,49 @@ async def test_lost_reply_leaves_nothing_behind(
         assert (await client.stat()).leased == 0
 
 
+FAR = pb.SlotRef(arena_id=NUM_SLOTS, generation=1)
+NEAR = pb.SlotRef(arena_id=1, generation=1)
+WRONG_REPLIES: dict[str, tuple[str, Any]] = {
+    "reserved too few": ("Reserve", pb.ReserveReply(slots=[NEAR])),
+    "reserved beyond the arena": ("Reserve", pb.ReserveReply(slots=[NEAR, FAR])),
+    "published too many": ("Publish", pb.PublishReply(slots=[NEAR, NEAR])),
+    "published beyond the arena": ("Publish", pb.PublishReply(slots=[FAR])),
+    "leased more than asked": ("LeasePrefix", pb.LeasePrefixReply(num_blocks=2, blocks=[NEAR, NEAR])),
+    "leased without state": ("LeasePrefix", pb.LeasePrefixReply(num_blocks=1, blocks=[NEAR])),
+    "leased beyond the arena": (
+        "LeasePrefix",
+        pb.LeasePrefixReply(num_blocks=1, blocks=[FAR], resume_parts=[NEAR]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("verb", "reply"), WRONG_REPLIES.values(), ids=WRONG_REPLIES)
+async def test_reply_that_does_not_fit_is_refused_and_the_account_made_anew(
+    host: Host, verb: str, reply: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with host.manager(), host.holder() as client:
+        (empty,) = await client.reserve(1)
+        real = getattr(client._bond.stub, verb)
+
+        async def answer_wrongly(*args: Any, **kwargs: Any) -> Any:
+            await real(*args, **kwargs)
+            return reply
+
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "Reserve": lambda: client.reserve(2),
+            "Publish": lambda: client.publish([write(client, empty, "a")]),
+            "LeasePrefix": lambda: client.lease_prefix([key_of("a")], [key_of("r")]),
+        }
+        with monkeypatch.context() as patch:
+            patch.setattr(client._bond.stub, verb, answer_wrongly)
+            with pytest.raises(IntegrityError, match="cold pool: its reply has"):
+                await calls[verb]()
+        assert client.num_leases == 1
+        assert await client.publish([write(client, empty, "a")]) == [empty]
+        stat = await client.stat()
+        assert (stat.leased, stat.writing) == (1, 0)
+
+
 async def test_lease_given_back_twice_is_counted_and_takes_nothing(host: Host) -> None:
     async with host.manager(), host.holder("a") as ann, host.holder("b") as bob:
         (ref,) = await store(ann, "x")
@@ -340,33 +382,3 @@ async def test_soak_of_cancelled_calls_returns_to_the_baseline(host: Host, seed:
         assert (stat.leased, stat.writing, stat.damaged) == (0, 0, 0)
         assert stat.free + stat.cached == stat.total == NUM_SLOTS
         assert num_leased > 10
-
-
-async def test_gate_lets_calls_together_and_one_alone() -> None:
-    gate = CallGate()
-    seen: list[str] = []
-    first_may_end = asyncio.Event()
-
-    async def call(name: str) -> None:
-        async with gate.call():
-            seen.append(name)
-            await first_may_end.wait()
-
-    async def alone() -> None:
-        async with gate.alone():
-            seen.append("alone")
-
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(call("one"))
-        tasks.create_task(call("two"))
-        await asyncio.sleep(0)
-        waiting = tasks.create_task(alone())
-        await asyncio.sleep(0)
-        tasks.create_task(call("late"))
-        gives_up = tasks.create_task(call("never"))
-        await asyncio.sleep(0)
-        gives_up.cancel()
-        assert seen == ["one", "two"]
-        first_may_end.set()
-        await waiting
-    assert seen == ["one", "two", "alone", "late"]

@@ -138,6 +138,24 @@ async def test_other_failures_are_not_resumed(
     assert not other.requests
 
 
+async def test_an_answer_never_goes_on_with_other_weights(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    """Served under the same name, as in the midst of an update."""
+    gateway, (home, other) = await two_workers(
+        start_worker, open_gateway, dying(4), going_on, max_resumes=2, resume_wait_s=0.3
+    )
+    other.model_fingerprint = "fp-2"
+    await gateway.directory.refresh()
+    reply = await gateway.client.post("/v1/chat/completions", json=chat(stream=True))
+    *chunks, last = events_of(reply)
+    assert last["error"]["code"] == "dependency_unavailable"
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert said == ANSWER[: 4 * len(home.requests)], "what its own model said, and nothing else"
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {"fp-1"}
+    assert not other.requests
+
+
 async def test_without_another_worker_the_error_comes_within_the_wait(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:

@@ -182,6 +182,13 @@ def test_load_refuses_a_wrong_shape(tmp_path: Path, name: str) -> None:
         MemoryIndexer.load(model_folder(tmp_path, tensors), SPEC, KvFormat.FP8, CPU)
 
 
+@pytest.mark.parametrize("name", ["wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight"])
+def test_load_refuses_a_tensor_without_dimensions(tmp_path: Path, name: str) -> None:
+    tensors = {**TENSORS, f"retrievers.l1.{name}": torch.ones(())}
+    with pytest.raises(ModelFormatError, match="has shape"):
+        MemoryIndexer.load(model_folder(tmp_path, tensors), SPEC, KvFormat.FP8, CPU)
+
+
 def test_load_refuses_heads_other_than_the_config_says(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="heads"):
         MemoryIndexer.load(model_folder(tmp_path, TENSORS, {"heads": 16}), SPEC, KvFormat.FP8, CPU)
@@ -198,7 +205,7 @@ def test_load_refuses_a_damaged_file(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, TENSORS)
     path = folder / "memory_indexer.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ModelFormatError, match="can't read"):
+    with pytest.raises(ModelFormatError, match=r"memory_indexer\.safetensors: truncated"):
         MemoryIndexer.load(folder, SPEC, KvFormat.FP8, CPU)
 
 

@@ -16,9 +16,9 @@ from opentelemetry.trace import Span
 from forepage.coldpool.arena import ArenaView
 from forepage.coldpool.attachment import CALL_TIMEOUT_S, Attachment, Method, OnReattach, Reattached
 from forepage.coldpool.lease_table import UNKNOWN_HOLDER, PrefixLease
-from forepage.coldpool.records import PublishedRecord, RecordKind, SlotRef
+from forepage.coldpool.records import KEY_BYTES, PublishedRecord, RecordKind, SlotRef
 from forepage.coldpool.wire import record_to_wire, refs_from_wire, refs_to_wire
-from forepage.errors import DependencyError, ForepageError, RequestError
+from forepage.errors import DependencyError, ForepageError, IntegrityError, RequestError
 from forepage.rpc import coldpool_pb2 as pb
 from forepage.rpc.tls import MutualTls
 from forepage.telemetry import MetricName, Telemetry
@@ -136,12 +136,15 @@ class ColdPoolClient:
                 is_down = True
 
     async def reserve(self, count: int, *, span: Span | None = None) -> list[SlotRef]:
-        """Empty slots to write, all or none. Raises: CapacityError (no room now), DependencyError."""
+        """Empty slots to write, all or none. Raises: CapacityError (no room now), DependencyError.
+
+        This and the next two also raise IntegrityError for a reply that does not fit what was asked.
+        """
         if count <= 0:
             return []
 
         def take(reply: pb.ReserveReply) -> list[SlotRef]:
-            refs = refs_from_wire(reply.slots)
+            refs = self._refs(reply.slots, count)
             self._bond.leases.update(refs)
             return refs
 
@@ -159,7 +162,7 @@ class ColdPoolClient:
         slots = [record.slot for record in records]
 
         def take(reply: pb.PublishReply) -> list[SlotRef]:
-            refs = refs_from_wire(reply.slots)
+            refs = self._refs(reply.slots, len(records))
             self._bond.forget(slots)
             self._bond.leases.update(refs)
             return refs
@@ -181,7 +184,9 @@ class ColdPoolClient:
             return PrefixLease()
 
         def take(reply: pb.LeasePrefixReply) -> PrefixLease:
-            blocks, parts = refs_from_wire(reply.blocks), refs_from_wire(reply.resume_parts)
+            blocks = self._refs(reply.blocks, min(reply.num_blocks, len(block_keys)))
+            num_parts = len(resume_keys[len(blocks) - 1]) // KEY_BYTES if blocks else 0
+            parts = self._refs(reply.resume_parts, num_parts)
             self._bond.leases.update([*blocks, *parts])
             return PrefixLease(tuple(blocks), tuple(parts))
 
@@ -234,6 +239,18 @@ class ColdPoolClient:
     async def close(self) -> None:
         """Give everything back and end the holder."""
         await self._bond.close()
+
+    def _refs(self, slots: Sequence[pb.SlotRef], count: int) -> list[SlotRef]:
+        """A reply's refs. Raises: IntegrityError unless so many slots of our arena, as was asked."""
+        refs = refs_from_wire(slots)
+        beyond = [ref.arena_id for ref in refs if ref.arena_id >= self.view.num_slots]
+        if len(refs) != count or beyond:
+            self._bond.is_stale = True  # who knows what it holds for us
+            raise IntegrityError(
+                f"cold pool: its reply has {len(refs)} slots where {count} were due, "
+                f"beyond the arena's {self.view.num_slots}: {beyond[:3]}"
+            )
+        return refs
 
     async def _call(
         self,

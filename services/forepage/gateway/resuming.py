@@ -2,7 +2,8 @@
 
 The next worker gets the prompt and the tokens so far: no token is lost and none comes twice. Sampling depends
 on seed and position alone, so it says what the first would have said, but for the rounding of a prefill where
-that one decoded. Its report covers its own tokens, and says how many are not.
+that one decoded. It must be of the same fingerprint: other weights under the same name would end another
+answer. Its report covers its own tokens, and says how many are not.
 """
 
 import asyncio
@@ -48,14 +49,16 @@ class Resumer:
     wait_s: float
     max_resumes: int
 
-    async def resume(self, request: pb.GenerateRequest, lost_by: Collection[str]) -> WorkerStream | None:
-        """A started stream of a worker that goes on with the answer; those in `lost_by` are asked last.
+    async def resume(
+        self, request: pb.GenerateRequest, fingerprint: str, lost_by: Collection[str]
+    ) -> WorkerStream | None:
+        """A started stream of a worker of this model that goes on with the answer; of `lost_by` last.
 
         None when none could within `wait_s`. Raises: DeadlineError.
         """
         until_s = min(self.deadline_s, time.monotonic() + self.wait_s)
         while True:
-            for worker in self._workers(request, lost_by):
+            for worker in self._workers(request, fingerprint, lost_by):
                 stream = await self._try_start(request, worker)
                 if stream is not None:
                     return stream
@@ -63,8 +66,10 @@ class Resumer:
                 return None
             await asyncio.sleep(RETRY_S)
 
-    def _workers(self, request: pb.GenerateRequest, lost_by: Collection[str]) -> list[WorkerClient]:
-        """Those that serve the model and have room for the whole of it, best first."""
+    def _workers(
+        self, request: pb.GenerateRequest, fingerprint: str, lost_by: Collection[str]
+    ) -> list[WorkerClient]:
+        """Those that serve the very model and have room for the whole of it, best first."""
         needed = len(request.prompt_token_ids) + request.sampling.max_tokens
         try:
             usable = self.directory.workers_for(self.model)
@@ -73,7 +78,9 @@ class Resumer:
         fitting = {
             worker.load.worker_id: worker
             for worker in usable
-            if worker.served is not None and worker.served.max_context_tokens >= needed
+            if worker.served is not None
+            and worker.served.model_fingerprint == fingerprint
+            and worker.served.max_context_tokens >= needed
         }
         ranked = rank_workers(
             request.prompt_token_ids, request.cache_salt, [worker.load for worker in fitting.values()]
@@ -102,6 +109,8 @@ class ResumingStream:
         self, stream: WorkerStream, started: pb.Started, request: pb.GenerateRequest, resumer: Resumer
     ) -> None:
         self._stream = stream
+        # Of now: a worker that was restarted at its address may serve another model.
+        self._fingerprint = stream.served.model_fingerprint
         self._started = started
         self._request = request
         self._resumer = resumer
@@ -142,7 +151,7 @@ class ResumingStream:
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         request.answered_token_ids.extend(self._answered)
-        resumed = await self._resumer.resume(request, self._lost_by)
+        resumed = await self._resumer.resume(request, self._fingerprint, self._lost_by)
         if resumed is None:
             raise lost
         self._stream = resumed

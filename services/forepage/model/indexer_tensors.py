@@ -9,15 +9,16 @@ and refuses to call anything else. Source of names and dtypes: FlashMemory-DeepS
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from forepage.errors import ModelFormatError
+from forepage.model.safetensors_file import read_file
 from forepage.model.safetensors_header import read_header
 
 PREFIX = "retrievers"
@@ -26,16 +27,18 @@ ROPE_TABLE_NAME = "freqs_cis"
 PICKLE_SUFFIXES = {".pt", ".pth"}
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 _LAYER = re.compile(rf"{PREFIX}\.l(0|[1-9]\d*)\.")
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
-    """Every tensor of the file but RoPE tables, fp32.
+def read_tensors(
+    path: Path, device: torch.device, check: Callable[[Shapes], None] = lambda _: None
+) -> dict[str, Tensor]:
+    """Every tensor of the file but RoPE tables, fp32; `check` sees their shapes before any is read.
 
-    Raises: ModelFormatError naming the file, and the key whose value is no plain float tensor.
+    Raises: ModelFormatError naming the file, and the key whose value is no plain float tensor; as `check`.
     """
-    found = _pickled(path) if path.suffix in PICKLE_SUFFIXES else _safetensors(path)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in found:
+    for name, tensor in _mapped(path, check).items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelFormatError(f"{path}: {name} is {tensor.dtype}, wanted float32 or bfloat16")
         # A copy always: what a .pt gives is mapped from the file.
@@ -82,14 +85,14 @@ def tensor_names(path: Path) -> list[str]:
     return [tensor.name for tensor in read_header(path) if not _is_rope_table(tensor.name)]
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if not _is_rope_table(name):
-                    yield name, file.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ModelFormatError(f"{path}: can't read: {error}") from error
+def _mapped(path: Path, check: Callable[[Shapes], None]) -> dict[str, Tensor]:
+    if path.suffix in PICKLE_SUFFIXES:
+        tensors = dict(_pickled(path))
+        check({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        return tensors
+    shapes = {t.name: t.stored.shape for t in read_header(path) if not _is_rope_table(t.name)}
+    check(shapes)
+    return read_file(path, names=shapes)
 
 
 def _pickled(path: Path) -> Iterator[tuple[str, Tensor]]:

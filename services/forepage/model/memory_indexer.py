@@ -28,7 +28,7 @@ from torch import Tensor
 
 from forepage.errors import ModelFormatError, RequestError
 from forepage.kv.geometry import KvFormat
-from forepage.model.indexer_tensors import PREFIX, read_tensors, target_layers, tensor_names
+from forepage.model.indexer_tensors import PREFIX, Shapes, read_tensors, target_layers, tensor_names
 from forepage.model.norm import rms_norm
 from forepage.model.rope import rotation, yarn_frequencies
 from forepage.model.spec import MEMORY_INDEXER_CONFIG as CONFIG_NAME
@@ -39,6 +39,8 @@ WEIGHTS_NAME = "memory_indexer.safetensors"
 RELEASED_THRESHOLD = 0.5
 """What the released indexer was trained and measured at. Source: FlashMemory-DeepSeek-V4 training notes."""
 _FIELDS = {"target_layers", "heads", "rank", "threshold", "seed", "calibration"}
+_NAMES = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
+"""Of one layer's tensors, as in `ScorerWeights`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class MemoryIndexer:
         config = read_indexer_config(folder, spec, file)
         path = file or folder / WEIGHTS_NAME
         if file is not None or path.exists():
-            tensors = read_tensors(path, device)
+            tensors = read_tensors(path, device, lambda shapes: _check_shapes(spec, config, shapes))
         elif config.seed is not None:
             tensors = {name: tensor.to(device) for name, tensor in seeded_tensors(spec, config).items()}
         else:
@@ -208,40 +210,42 @@ def _scorers(
     spec: ModelSpec, config: IndexerConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[ScorerWeights, ...]:
     """The config's layers out of `tensors`, nothing more or less; heads and rank read off the shapes."""
-    rest = dict(tensors)
-    scorers = tuple(_scorer(spec, f"{PREFIX}.l{layer}.", rest) for layer in config.target_layers)
+    _check_shapes(spec, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return tuple(
+        ScorerWeights(*(tensors[f"{PREFIX}.l{layer}.{name}"] for name in _NAMES))
+        for layer in config.target_layers
+    )
+
+
+def _check_shapes(spec: ModelSpec, config: IndexerConfig, shapes: Shapes) -> None:
+    """Raises: ModelFormatError naming a tensor that is missing, unexpected or misshapen."""
+    rest = dict(shapes)
+    sizes = [_check_layer(spec, f"{PREFIX}.l{layer}.", rest) for layer in config.target_layers]
     if rest:
         raise ModelFormatError(f"memory indexer: unexpected tensor {sorted(rest)[0]}")
     for what, wanted, found in (
-        ("heads", config.heads, {scorer.weights_proj.shape[0] for scorer in scorers}),
-        ("rank", config.rank, {scorer.wq_a.shape[0] for scorer in scorers}),
+        ("heads", config.heads, {heads for heads, _ in sizes}),
+        ("rank", config.rank, {rank for _, rank in sizes}),
     ):
         if len(found) != 1 or wanted not in (None, *found):
             raise ModelFormatError(
                 f"memory indexer: {what} {sorted(found)} in the tensors, {wanted} expected"
             )
-    return scorers
 
 
-def _scorer(spec: ModelSpec, prefix: str, rest: dict[str, Tensor]) -> ScorerWeights:
-    """Take one layer's tensors out of `rest`."""
-    found: dict[str, Tensor] = {}
-    for name in ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight"):
+def _check_layer(spec: ModelSpec, prefix: str, rest: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Take one layer's tensors out of `rest`; its heads and rank, which every shape agrees with."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in _NAMES:
         if prefix + name not in rest:
             raise ModelFormatError(f"memory indexer: tensor {prefix}{name} is missing")
         found[name] = rest.pop(prefix + name)
-    rank, heads = found["wq_a.weight"].shape[0], found["weights_proj.weight"].shape[0]
-    for name, shape in (
-        ("wq_a.weight", (rank, spec.hidden_size)),
-        ("q_norm_weight", (rank,)),
-        ("wq_b.weight", (heads * spec.index_dims, rank)),
-        ("weights_proj.weight", (heads, spec.hidden_size)),
-    ):
-        if tuple(found[name].shape) != shape:
-            raise ModelFormatError(
-                f"memory indexer: {prefix}{name} has shape {tuple(found[name].shape)}, wanted {shape}"
-            )
-    return ScorerWeights(*found.values())
+    rank, heads = (next(iter(found[name]), 0) for name in ("wq_a.weight", "weights_proj.weight"))
+    wanted = ((rank, spec.hidden_size), (rank,), (heads * spec.index_dims, rank), (heads, spec.hidden_size))
+    for name, shape in zip(_NAMES, wanted, strict=True):
+        if found[name] != shape:
+            raise ModelFormatError(f"memory indexer: {prefix}{name} has shape {found[name]}, wanted {shape}")
+    return heads, rank
 
 
 def _target_layers(path: Path, value: object, num_c4: int) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from forepage.errors import ModelFormatError
+from forepage.model.safetensors_file import read_file
 
 FOLDER = "checkpoint"
 NEW, OLD = f"{FOLDER}.new", f"{FOLDER}.old"
@@ -85,7 +86,7 @@ def load(folder: Path) -> Checkpoint | None:
     masters: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
     for part in sorted(path.glob("part-*.safetensors")):
-        for name, value in load_file(part).items():
+        for name, value in read_file(part).items():
             kind, _, rest = name.partition(".")
             (masters if kind == "master" else optimizer)[rest] = value
     return Checkpoint(Progress(**state), masters, optimizer)

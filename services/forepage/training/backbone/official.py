@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from forepage.errors import ModelFormatError
+from forepage.model.safetensors_file import read_file
 from forepage.model.weight_table import Role, weight_table
 from forepage.training.backbone.network import Backbone, Layer
 
@@ -98,7 +99,7 @@ def export(network: Backbone, config: Mapping[str, object], folder: Path) -> Pat
 @torch.no_grad()
 def start_from(network: Backbone, folder: Path) -> None:
     """Overwrite the masters with exported weights. Raises: ModelFormatError: the tensor that doesn't fit."""
-    stored = load_file(folder / WEIGHTS_FILE)
+    stored = read_file(folder / WEIGHTS_FILE)
     for name, master in official_weights(network).items():
         if name not in stored or stored[name].shape != master.shape:
             raise ModelFormatError(f"{folder / WEIGHTS_FILE}: {name} is missing or has another shape")

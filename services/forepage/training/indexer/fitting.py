@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forepage.errors import ModelFormatError, RequestError
 from forepage.kv.geometry import BLOCK_ENTRIES
+from forepage.model.safetensors_file import read_file
 from forepage.training.backbone.journal import Journal
 from forepage.training.indexer.calibration import recall_at_budget, share_for_recall
 from forepage.training.indexer.candidates import choose_candidates
@@ -107,7 +108,7 @@ class Fitting:
 
     def best(self) -> dict[str, Tensor]:
         """The best weights so far, by released name."""
-        return load_file(self._folder / BEST_FILE)
+        return read_file(self._folder / BEST_FILE)
 
     def _step(self, step: int) -> tuple[Tensor, int]:
         """Its loss, and how many hard negatives it learned from."""
@@ -248,7 +249,7 @@ class Fitting:
         state = FitState(**json.loads(path.read_text(encoding="utf-8")))
         if state.config != self.state.config:
             raise ModelFormatError(f"{path}: a run of another config or dump; take another folder")
-        tensors = load_file(self._folder / CHECKPOINT_FILE)
+        tensors = read_file(self._folder / CHECKPOINT_FILE)
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, master in self.encoder.named_parameters():

@@ -13,12 +13,12 @@ from typing import Any
 
 import msgpack
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.kv_pools import key_layout
+from forepage.model.safetensors_file import read_file
 from forepage.model.spec import ModelSpec
 from forepage.training.indexer.features import Features, TextId, features_of
 from forepage_kernels.layout import KeyLayout
@@ -114,10 +114,11 @@ def stored_texts(folder: Path) -> list[StoredText]:
 def read_features(folder: Path, text: StoredText, device: torch.device) -> Features:
     """One text's features, straight to the device. Raises: ModelFormatError for a damaged shard."""
     path = _stem(folder, text.number).with_suffix(".safetensors")
+    tensors = read_file(path, device=str(device))
     try:
-        return features_of(text.id, text.num_entries, load_file(path, device=str(device)))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ModelFormatError(f"{path}: {error}") from error
+        return features_of(text.id, text.num_entries, tensors)
+    except KeyError as error:
+        raise ModelFormatError(f"{path}: tensor {error} is missing") from error
 
 
 def of_split(texts: Sequence[StoredText], *, validation: bool) -> Iterator[StoredText]:

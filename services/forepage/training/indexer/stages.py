@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from forepage.errors import ModelFormatError
+from forepage.model.safetensors_file import read_file
 from forepage.training.backbone.journal import journal
 from forepage.training.indexer.calibration import Calibration, calibrate, curve_points
 from forepage.training.indexer.config import IndexerTrainingConfig
@@ -146,7 +146,7 @@ def _cells(encoder: DualEncoder, store: TextStore, folder: Path) -> PlanCells:
 def _best(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / BEST_FILE).exists():
         raise ModelFormatError(f"{folder}: no {BEST_FILE}; train the indexer first")
-    return load_file(folder / BEST_FILE)
+    return read_file(folder / BEST_FILE)
 
 
 def _head(config: IndexerTrainingConfig, header: DumpHeader) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from forepage.errors import ModelFormatError, RequestError
 from forepage.model.indexer_tensors import PREFIX
 from forepage.model.memory_indexer import IndexerConfig, seeded_tensors
+from forepage.model.safetensors_file import read_file
 from forepage.model.spec import ModelSpec
 from forepage.model.weights import weight_files
 from forepage.training.indexer.config import FitConfig, Start
@@ -80,9 +80,8 @@ def _native(model: Path, layer: int) -> dict[str, Tensor]:
     wanted = {f"layers.{layer}.{name}": short for short, name in NATIVE.items()}
     found: dict[str, Tensor] = {}
     for path in weight_files(model):
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in wanted.keys() & set(file.keys()):
-                found[wanted[name]] = file.get_tensor(name).float()
+        tensors = read_file(path, names=wanted)
+        found |= {wanted[name]: tensor.float() for name, tensor in tensors.items()}
     for name, short in wanted.items():
         if short not in found:
             raise ModelFormatError(f"{model}: tensor {name} is missing")
