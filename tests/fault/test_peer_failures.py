@@ -26,6 +26,7 @@ from forepage.worker.commands import Table
 from forepage.worker.quota import held_quota
 from forepage.worker.rank_device import RankDevice
 from forepage.worker.sequence import Phase
+from rigs.fake_cuda import FakeRuntime
 from rigs.held_copies import copies_held, turn
 from rigs.worker import Running, WorkerRig, plan_reply, text_tokens, wants, worker_rig
 
@@ -198,29 +199,6 @@ def test_09_a_batch_beyond_every_power_of_two_gives_each_its_own_tokens() -> Non
             assert running[seed].tokens == one.tokens
 
 
-class FakeRuntime:
-    """A CUDA runtime that keeps account of registrations."""
-
-    def __init__(self, refuse_from: int | None = None) -> None:
-        self.sizes: list[int] = []
-        self.unregistered: list[int] = []
-        self.entered, self.go_on = threading.Event(), threading.Event()
-        self.go_on.set()
-        self._refuse_from = refuse_from
-
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: ARG002, N802
-        self.entered.set()
-        self.go_on.wait()
-        if self._refuse_from is not None and len(self.sizes) >= self._refuse_from:
-            return 2
-        self.sizes.append(size)
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        self.unregistered.append(address)
-        return 0
-
-
 class View:
     """An arena of 1,000 bytes in slots of 30."""
 
@@ -232,10 +210,7 @@ class View:
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
-    fake = FakeRuntime()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: threading.Lock())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    fake = FakeRuntime.install(monkeypatch)
     monkeypatch.setattr(arena_mapping, "MAX_CHUNK_BYTES", 100)
     return fake
 
@@ -282,7 +257,7 @@ def test_14_a_stop_while_pinning_waits_for_one_piece_only(runtime: FakeRuntime) 
 
 
 def test_19_a_pin_that_is_refused_stops_the_start_and_leaves_nothing(runtime: FakeRuntime) -> None:
-    runtime._refuse_from = 3
+    runtime.refuse_from = 3
     arena = pinned(View())
     with pytest.raises(DependencyError, match="memlock"):
         arena.wait()
