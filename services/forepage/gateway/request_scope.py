@@ -36,6 +36,8 @@ class RequestScope:
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     tenant: str | None = None
     """Whose API key it came with; None: no keys are asked for."""
+    key_name: str | None = None
+    """The key's own name: what its limits are counted by."""
     operation: str | None = None
     model: str | None = None
     status: int | None = None
