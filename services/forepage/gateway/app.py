@@ -174,11 +174,8 @@ def _worker_source(settings: Settings, telemetry: Telemetry) -> WorkerSource:
         return FixedWorkers(settings.gateway.worker_addresses)
     if settings.redis_url is None:
         raise SettingsError("the gateway needs FOREPAGE_GATEWAY__WORKER_ADDRESSES or FOREPAGE_REDIS_URL")
-    try:
-        client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
-        return RedisWorkers(client, settings.instance, telemetry)
-    except ValueError as error:  # names the schemes, not the URL
-        raise SettingsError(f"FOREPAGE_REDIS_URL: {error}") from error
+    client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
+    return RedisWorkers(client, settings.instance, telemetry)
 
 
 @contextmanager
