@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -85,7 +85,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         observe_worker(parts, loop)
         identity = folder.card(settings.worker)
         servicer = DecodeWorker(loop, parts, identity, folder.grammar(), arena, eos=folder.eos)
-        async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):
+        async with _beside(loop.give_up, index.run(), client.watch(), ranks.watch(loop.give_up)):
             await _serve(settings, stop, loop, servicer, arena, identity, tls)
         if loop.broken is not None:
             raise loop.broken
@@ -120,7 +120,7 @@ async def _serve(
         loop.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         _log.info("worker ready", port=port, worker=identity.worker_id, model=identity.model_name)
-        async with _beside(keep_card(settings, identity)):
+        async with _beside(loop.give_up, keep_card(settings, identity)):
             while not stop.is_set() and loop.broken is None:
                 await _pause(stop)
             servicer.draining = True
@@ -136,9 +136,23 @@ async def _pause(stop: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Tasks that run as long as the block does."""
+async def _beside(
+    on_failure: Callable[[BaseException], None], *coroutines: Coroutine[Any, Any, None]
+) -> AsyncIterator[None]:
+    """Tasks that run as long as the block does; `on_failure` hears of one that breaks.
+
+    A worker that lost one would go on without index, cold pool or card, and nobody would know.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        _log.error("a task of this worker broke; the worker stops", error=repr(error), exc_info=error)
+        on_failure(error)
+
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         yield
     finally:
