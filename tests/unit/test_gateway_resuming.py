@@ -16,6 +16,7 @@ from rigs.fake_worker import (
     StartWorker,
     finished,
     queued,
+    silent,
     started,
     tokens,
 )
@@ -141,7 +142,7 @@ async def test_other_failures_are_not_resumed(
 async def test_without_another_worker_the_error_comes_within_the_wait(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:
-    worker = await start_worker(script=dying(4))
+    worker = await start_worker(script=silent)  # one that fails by itself is asked again at once
     gateway = await open_gateway(worker, resume_wait_s=0.3)
     began_s = time.monotonic()
 
