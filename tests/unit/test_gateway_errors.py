@@ -4,12 +4,20 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from forepage.errors import CapacityError, ForepageError, RateLimitError
 from forepage.rpc import worker_pb2 as pb
 from forepage.rpc.edge import abort
 from rigs.fake_worker import FakeWorker, StartWorker, silent, started
-from rigs.gateways import JSON, SECRET, OpenGateway, chat, error_of, until
+from rigs.gateways import JSON, SECRET, OpenedGateway, OpenGateway, chat, error_of, until
+
+
+def spans_with(gateway: OpenedGateway, text: str) -> list[str]:
+    """Spans are kept and sent on: they hold ids, counts and times, never text."""
+    spans = gateway.span_exporter.get_finished_spans()
+    assert spans
+    return [span.name for span in spans if text in span.to_json()]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,37 @@ async def test_refused_call_keeps_its_type(open_gateway: OpenGateway, error: For
     await worker.stop()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_grpc_says_of_a_failure_is_in_the_log_and_not_in_the_answer(
+    start_worker: StartWorker, open_gateway: OpenGateway, stream: bool
+) -> None:
+    """A defect's exception may quote the prompt; of a worker that is gone gRPC tells the address."""
+
+    async def broken(request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
+        yield started(request)
+        raise ValueError(SECRET)
+
+    gateway = await open_gateway(await start_worker(script=broken), resume_wait_s=0)
+    with capture_logs() as logs:
+        reply = await gateway.client.post("/v1/chat/completions", json=chat(stream=stream))
+    assert "dependency_unavailable" in reply.text
+    assert SECRET not in reply.text
+    (said,) = [line for line in logs if line["event"] == "request"]
+    assert said["error"] == "dependency_unavailable"
+    assert SECRET in said["reason"]
+    assert not spans_with(gateway, SECRET)
+
+
+async def test_of_a_wrong_request_the_client_alone_is_told(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    gateway = await open_gateway(await start_worker())
+    with capture_logs() as logs:
+        reply = await gateway.client.post("/v1/chat/completions", json=chat(model=SECRET))
+    assert reply.status_code == 404
+    assert SECRET not in str(logs)
+
+
 async def test_worker_that_ends_without_a_result_is_an_error(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:
@@ -223,4 +262,5 @@ async def test_bug_is_a_500_without_details(
     reply = await gateway.client.post("/v1/chat/completions", json=chat())
     assert (reply.status_code, error_of(reply)["code"]) == (500, "internal_error")
     assert reply.headers["x-request-id"]
+    assert not spans_with(gateway, SECRET)
     assert gateway.admission.running == 0

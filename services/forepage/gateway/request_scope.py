@@ -143,6 +143,9 @@ class RequestScopeMiddleware:
             if isinstance(ours.error, ForepageError) and ours.status == ours.error.http_status:
                 self._telemetry.count(MetricName.REFUSALS, reason=ours.error.code)
         if scope["path"].startswith("/v1/"):
+            # Why it was not served; of what is wrong with a request the client alone is told.
+            is_ours = isinstance(ours.error, ForepageError) and ours.error.http_status >= 500
+            reason = {"reason": str(ours.error)} if is_ours else {}
             self._log.info(
                 "request",
                 request_id=ours.request_id,
@@ -151,4 +154,5 @@ class RequestScopeMiddleware:
                 status=status,
                 error=ours.error_code,
                 duration_s=round(ours.elapsed_s, 4),
+                **reason,
             )
