@@ -23,6 +23,7 @@ from forepage.exposure import warn_if_open
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.api_keys import OPEN_PATHS, KeyMiddleware, read_keys
+from forepage.gateway.connection import Connection
 from forepage.gateway.cors import CorsMiddleware
 from forepage.gateway.dashboard import FILES, PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
@@ -129,6 +130,8 @@ async def run(
         server = _Server(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
