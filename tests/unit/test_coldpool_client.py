@@ -15,6 +15,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from structlog.testing import capture_logs
 
 from forepage.coldpool import attachment
 from forepage.coldpool import client as client_module
@@ -271,6 +272,29 @@ async def test_lost_reply_leaves_nothing_behind(
         assert after.leased + after.writing == client.num_leases == 3
         assert await client.release([*kept, *empty]) == 0
         assert client.num_leases == 0
+        assert (await client.stat()).leased == 0
+
+
+async def test_a_release_that_breaks_is_told_later_and_logged(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker does not wait for it: what broke would be seen by nobody, and the slots be lost."""
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise OSError("no memory to map an arena")
+
+    async with host.manager(), host.holder() as client:
+        refs = await store(client, "x")
+        stub = client._bond.stub
+        real = stub.Release
+        monkeypatch.setattr(stub, "Release", broken)
+        with capture_logs() as logs:
+            assert await client.release(refs) == 0
+        monkeypatch.setattr(stub, "Release", real)
+        (said,) = [line for line in logs if line["event"] == "release_deferred"]
+        assert isinstance(said["exc_info"], OSError)
+        assert host.counted("forepage.fallbacks")["coldpool_release_deferred"] == 1
+        await client.reserve(1)  # announces first
         assert (await client.stat()).leased == 0
 
 
