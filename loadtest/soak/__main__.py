@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
@@ -110,8 +111,19 @@ def _finish(out: Path, rows: list[Row], config: dict[str, Any]) -> None:
 
 
 def _write(out: Path, rows: list[Row], config: dict[str, Any]) -> None:
-    command = shlex.join(["python", "-m", "loadtest.soak", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "loadtest.soak", *told_arguments(sys.argv[1:])])
     write(out, rows, command=command, device=_device(), config=config)
+
+
+def told_arguments(arguments: Sequence[str]) -> list[str]:
+    """Those of a command that say what was measured: not `--out`, a path of the machine that ran it."""
+    told, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            told.append(argument)
+    return told
 
 
 def _device() -> str:

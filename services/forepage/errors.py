@@ -18,18 +18,22 @@ from typing import ClassVar
 
 @dataclass(eq=False)
 class ForepageError(Exception):
-    """Base of all; `message` tells the user what to do. Field names survive the wire."""
+    """Base of all; `message` tells the user what to do. Field names survive the wire, but `details`.
+
+    Those are for our logs alone: addresses of ours, or what a library said, which may quote a request.
+    """
 
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+    details: str = ""
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
     grpc_status: ClassVar[str] = "INTERNAL"
 
     def __str__(self) -> str:
-        return self.message
+        return f"{self.message} ({self.details})" if self.details else self.message
 
 
 class RequestError(ForepageError):

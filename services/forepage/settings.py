@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -25,6 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as UnreadableSetting
 
 ENV_PREFIX = "FOREPAGE_"
+REDIS_SCHEMES = ("redis", "rediss", "unix")
 _BUNDLED = Path(__file__).parent / "model" / "bundled"
 TINY_MODEL = _BUNDLED / "tiny"
 """What is served where no model is named: small, and trained to find things in long texts."""
@@ -320,7 +322,11 @@ class Settings(BaseSettings):
     """The whole tree."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
     )
 
     instance: str = Field(
@@ -334,6 +340,24 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     tls: TlsSettings = TlsSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, url: SecretStr | None) -> SecretStr | None:
+        """Here for every role, since the client's own error quotes what it took for a port."""
+        if url is None:
+            return None
+        try:
+            found = urlsplit(url.get_secret_value())
+            is_right = found.scheme in REDIS_SCHEMES and (found.port is None or found.port > 0)
+        except ValueError:
+            is_right = False
+        if not is_right:
+            raise ValueError(
+                f"begins with one of {', '.join(REDIS_SCHEMES)}, then ://, and has a number for its port; "
+                "in a password write / as %2F, : as %3A, @ as %40, # as %23 and ? as %3F"
+            )
+        return url
 
 
 class SettingsError(Exception):

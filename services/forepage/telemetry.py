@@ -358,9 +358,9 @@ def set_attributes(span: Span, **attributes: AttributeValue) -> None:
 
 
 def fail_span(span: Span, error: BaseException) -> None:
-    """Mark a span failed with the error's code or class."""
+    """Mark a span failed: by code and message if it is ours, else by class (its text may be a prompt's)."""
     span.set_attribute(Attr.ERROR_TYPE, getattr(error, "code", type(error).__name__))
-    span.set_status(Status(StatusCode.ERROR, str(error)[:200]))
+    span.set_status(Status(StatusCode.ERROR, getattr(error, "message", type(error).__name__)[:200]))
 
 
 def _named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue]:

@@ -35,6 +35,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
+    rigs = str(script.parents[1])
+    env["PYTHONPATH"] = os.pathsep.join(one for one in (rigs, env.get("PYTHONPATH")) if one)
     done = subprocess.run(
         [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240, check=False
     )

@@ -19,7 +19,7 @@ from forepage.model.spec import ModelSpec
 from forepage.model.stored_form import Form
 from forepage.model.weight_table import weight_table
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import MIXED
+from rigs.parity_configs import MIXED
 
 CONFIG: dict[str, object] = {
     **MIXED,

@@ -20,6 +20,9 @@ from forepage.telemetry import Telemetry
 from rigs.fake_worker import MODEL
 
 DEADLINE_S = 10.0
+JSON = {"content-type": "application/json"}
+SECRET = "s3cret-prompt"
+"""What a client said, and no error may repeat."""
 
 OpenGateway = Callable[..., Awaitable["OpenedGateway"]]
 ServeGateway = Callable[..., Awaitable["ServedGateway"]]
@@ -102,6 +105,15 @@ async def check_error(reply: httpx.Response) -> None:
     assert set(error) == {"message", "type", "param", "code", "request_id"}
     assert error["message"]
     assert error["request_id"] == reply.headers["x-request-id"]
+
+
+def error_of(reply: httpx.Response) -> dict[str, str | None]:
+    """The error of an answer that is nothing else, and does not repeat SECRET."""
+    body = reply.json()  # its shape is looked at by `check_error`
+    assert list(body) == ["error"]
+    assert SECRET not in reply.text
+    error: dict[str, str | None] = body["error"]
+    return error
 
 
 def chat(content: str = "Hi", **fields: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
 from forepage.settings import WeightDtype
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import MIXED
+from rigs.parity_configs import MIXED
 
 CPU = torch.device("cpu")
 DTYPES = {

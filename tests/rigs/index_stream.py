@@ -100,9 +100,13 @@ def metric_points(reader: InMemoryMetricReader, name: MetricName) -> list[Any]:
 
 @asynccontextmanager
 async def serving_index(
-    arena: Path, *, max_inflight: int = 8, publisher: PlanPublisher | None = None
+    arena: Path,
+    *,
+    max_inflight: int = 8,
+    publisher: PlanPublisher | None = None,
+    keys_device: torch.device = CPU,
 ) -> AsyncIterator[ServedIndex]:
-    """The real servicer of the seeded model on a free port."""
+    """The real servicer of the seeded model on a free port; the arena is mapped for `keys_device`."""
     exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
     telemetry = open_telemetry(
         "index",
@@ -113,8 +117,9 @@ async def serving_index(
     indexer = MemoryIndexer.load(SEEDED_MODEL, SPEC, GEOMETRY.format, CPU)
     limits = QuestionLimits.of_model(SPEC, GEOMETRY, num_target_layers=3, threshold=0.0)
     planner = HeldPlanner(Scorer(indexer, GEOMETRY, CPU), limits)
+    store = KeyStore(arena, GEOMETRY, keys_device)
     servicer = LookaheadServicer(
-        KeyStore(arena, GEOMETRY, CPU),
+        store,
         planner,
         publisher=publisher,
         telemetry=telemetry,
@@ -133,6 +138,7 @@ async def serving_index(
     finally:
         planner.release.set()
         telemetry.close()
+        assert await asyncio.to_thread(store.close, WAIT_S)
 
 
 @dataclass

@@ -5,31 +5,25 @@ as NaN everywhere, so a read of a place that nothing was stored in fails every c
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from forepage.kv.geometry import KvFormat, KvGeometry
-from forepage.model.indexer import Indexer, IndexerQuery, IndexerTap
 from forepage.model.kv_pools import NAN_BYTE, DecodeBatch, KvPools, PoolCapacity, PrefillChunk
-from forepage.model.moe import Gate
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
-from forepage_kernels.layout import KeyPool
-from forepage_kernels.prefill_attention.reference import selection_mask
-from rigs.parity_oracle import Choices, run_oracle
+from rigs.parity_configs import FLASH, MIXED, PRO, SLIM
+from rigs.parity_oracle import run_oracle
+from rigs.tie_breaker import TieBreaker
 
 CPU = torch.device("cpu")
 ATOL = 2e-5
 """Largest difference of a logit of unit scale; the oracle's own paths differ by up to 7e-6."""
-TIE_MARGIN = 1e-5
-"""Entries or experts whose scores are closer may be selected either way; then the oracle's are taken."""
 NUM_TOKENS = 700
 LONG_TOKENS = 4096
 EDGES = (*range(1, 20), 63, 64, 65, *range(126, 133), *range(255, 259))
@@ -37,178 +31,6 @@ STEPS_PAST_EDGE = 6
 STEPS = 262
 """Past the second block boundary, where tokens are taken one by one."""
 SEED = 9
-
-MIXED: dict[str, object] = {
-    "model_type": "deepseek_v4",
-    "vocab_size": 300,
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "q_lora_rank": 64,
-    "o_groups": 2,
-    "o_lora_rank": 32,
-    "sliding_window": 128,
-    "compress_ratios": [0, 128, 4, 128, 4, 0, 0],
-    "index_n_heads": 16,
-    "index_head_dim": 64,
-    "index_topk": 256,
-    "rope_theta": 10000,
-    "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 65536,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-    "max_position_embeddings": 1048576,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "num_hash_layers": 3,
-    "scoring_func": "sqrtsoftplus",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.5,
-    "swiglu_limit": 10.0,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "num_nextn_predict_layers": 0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
-"""Every layer type under both routings: window, c128 and c4 hash-routed, then the same score-routed."""
-FLASH = MIXED | {
-    "num_hidden_layers": 5,
-    "compress_ratios": [0, 0, 4, 128, 4, 0],
-    "num_attention_heads": 4,
-    "head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "index_head_dim": 128,
-    "n_routed_experts": 4,
-}
-"""Flash's order of layers and its rope dims."""
-PRO = MIXED | {
-    "num_hidden_layers": 5,
-    "compress_ratios": [128, 128, 4, 128, 4, 0],
-    "hidden_size": 96,
-    "q_lora_rank": 48,
-    "o_groups": 4,
-    "num_hash_layers": 1,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 3,
-    "routed_scaling_factor": 2.5,
-    "swiglu_limit": 0.5,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 4,
-        "original_max_position_embeddings": 256,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-}
-"""Pro's order of layers; a SwiGLU limit that clamps often, and YaRN that bends within the text."""
-SLIM = MIXED | {
-    "num_hidden_layers": 3,
-    "compress_ratios": [0, 4, 128, 0],
-    "num_hash_layers": 1,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "index_n_heads": 8,
-    "n_routed_experts": 4,
-}
-"""Each layer type and each routing once: the least that can take thousands of tokens one by one in a test."""
-
-
-@dataclass
-class TieBreaker:
-    """Stands between the indexers and gates and what they selected; asserts that only near-ties differ.
-
-    `positions` [n] of the tokens now in the model are set before each run of it.
-    """
-
-    choices: list[Choices]
-    routing: list[Choices]
-    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    settled: int = 0
-    selections: int = 0
-    _selects: int = 0
-    _routes: int = 0
-
-    def settle(self, tap: IndexerTap) -> IndexerTap:
-        """The tap [n, k] of the next c4 layer, with the oracle's selection where a near-tie decided."""
-        choice = self.choices[self._selects % len(self.choices)]
-        self._selects += 1
-        ours = selection_mask(tap.selected, choice.scores.shape[1])
-        selected = tap.selected.clone()
-        for row in self._flipped(ours, choice):
-            entries = choice.selected[self.positions[row]].nonzero().flatten()
-            selected[row] = -1
-            selected[row, : entries.shape[0]] = entries
-        return replace(tap, selected=selected)
-
-    def settle_experts(self, experts: Tensor) -> tuple[Tensor, list[int]]:
-        """Experts [n, k] of the next layer that scores them, the oracle's where a near-tie decided; these."""
-        choice = self.routing[self._routes % len(self.routing)]
-        self._routes += 1
-        ours = torch.zeros(experts.shape[0], choice.scores.shape[1], dtype=torch.bool).scatter_(1, experts, 1)
-        rows = self._flipped(ours, choice)
-        settled = experts.clone()
-        for row in rows:
-            settled[row] = choice.selected[self.positions[row]].nonzero().flatten()
-        return settled, rows
-
-    def _flipped(self, ours: Tensor, choice: Choices) -> list[int]:
-        """Rows in which ours bool [n, N] is another set than the oracle's."""
-        theirs, scores = choice.selected[self.positions], choice.scores[self.positions]  # [n, N]
-        rows: list[int] = (ours != theirs).any(1).nonzero().flatten().tolist()
-        for row in rows:
-            rivals = scores[row, ours[row] ^ theirs[row]]
-            gap = float(rivals.max() - rivals.min())
-            assert gap < TIE_MARGIN, f"token {int(self.positions[row])}: selected across a gap of {gap}"
-        self.selections += ours.shape[0]
-        self.settled += len(rows)
-        return rows
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Every indexer's and every scoring gate's selection passes through here."""
-        select, select_prefill, route = Indexer.select, Indexer.select_prefill, Gate.route
-
-        def decode(
-            indexer: Indexer, ask: IndexerQuery, pool: KeyPool, *, block_table: Tensor, visible: Tensor
-        ) -> IndexerTap:
-            tap = select(indexer, ask, pool, block_table=block_table, visible=visible)
-            return self.settle(tap)
-
-        def prefill(
-            indexer: Indexer, ask: IndexerQuery, pool: KeyPool, *, slots: Tensor, start: int
-        ) -> IndexerTap:
-            tap = select_prefill(indexer, ask, pool, slots=slots, start=start)
-            return self.settle(tap)
-
-        def to_experts(gate: Gate, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            experts, weights = route(gate, x, tokens)
-            if gate.expert_ids is not None:
-                return experts, weights
-            experts, rows = self.settle_experts(experts)
-            given = replace(gate, expert_ids=experts)  # routed by number, as a hash layer is
-            weights[rows] = route(given, x[rows], torch.tensor(rows, dtype=torch.int64))[1]
-            return experts, weights
-
-        with (
-            patch.object(Indexer, "select", decode),
-            patch.object(Indexer, "select_prefill", prefill),
-            patch.object(Gate, "route", to_experts),
-        ):
-            yield
 
 
 @dataclass(frozen=True)

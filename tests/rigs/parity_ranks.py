@@ -12,8 +12,10 @@ from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.spec import ModelSpec
 from forepage.model.transformer import Transformer
 from forepage.model.weights import seeded_weights
-from rigs.parity import MIXED, SEED, Subject, TieBreaker, decode_from, prefill
+from rigs.parity import SEED, Subject, decode_from, prefill
+from rigs.parity_configs import MIXED
 from rigs.ranks import CPU, on_ranks
+from rigs.tie_breaker import TieBreaker
 
 NUM_TOKENS = 400
 FOUR_WAYS = MIXED | {"o_groups": 4}

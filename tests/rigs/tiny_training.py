@@ -19,7 +19,7 @@ from forepage.training.backbone.config import TrainingConfig
 from forepage.training.backbone.network import Backbone, Inputs
 from forepage.training.backbone.official import official_weights
 from forepage.training.backbone.packing import Packing
-from rigs.parity import MIXED
+from rigs.parity_configs import MIXED
 
 CPU = torch.device("cpu")
 SEED = 5

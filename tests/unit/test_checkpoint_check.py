@@ -20,7 +20,7 @@ from forepage.settings import SEEDED_MODEL, ResidencyMode, WeightDtype, WorkerSe
 from forepage.worker.parts import WorkerParts
 from forepage.worker.quota import prefill_quota, steady_quota
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import MIXED
+from rigs.parity_configs import MIXED
 from rigs.v4_tokenizer import v4_folder
 
 FLASH: dict[str, object] = {

@@ -18,7 +18,7 @@ from forepage.model.safetensors_header import read_header
 from forepage.model.spec import ModelSpec
 from forepage.model.weights import load_or_seed
 from rigs.checkpoint_writer import INDEX_FILE, stored_tensors, write_checkpoint
-from rigs.parity import MIXED
+from rigs.parity_configs import MIXED
 
 CONFIG: dict[str, object] = {
     **MIXED,

@@ -22,7 +22,8 @@ from forepage.model.transformer import Transformer
 from forepage.model.weight_table import Split, weight_table
 from forepage.model.weights import fused_names, load_or_seed, side_by_side
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import ATOL, MIXED
+from rigs.parity import ATOL
+from rigs.parity_configs import MIXED
 from rigs.parity_oracle import oracle_tensor, read_by_oracle, run_built, run_oracle
 
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from structlog.testing import capture_logs
 
 from forepage.coldpool import attachment
 from forepage.coldpool import client as client_module
@@ -337,6 +338,29 @@ async def test_reply_that_does_not_fit_is_refused_and_the_account_made_anew(
         assert await client.publish([write(client, empty, "a")]) == [empty]
         stat = await client.stat()
         assert (stat.leased, stat.writing) == (1, 0)
+
+
+async def test_a_release_that_breaks_is_told_later_and_logged(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker does not wait for it: what broke would be seen by nobody, and the slots be lost."""
+
+    async def broken(*_: Any, **__: Any) -> Any:
+        raise OSError("no memory to map an arena")
+
+    async with host.manager(), host.holder() as client:
+        refs = await store(client, "x")
+        stub = client._bond.stub
+        real = stub.Release
+        monkeypatch.setattr(stub, "Release", broken)
+        with capture_logs() as logs:
+            assert await client.release(refs) == 0
+        monkeypatch.setattr(stub, "Release", real)
+        (said,) = [line for line in logs if line["event"] == "release_deferred"]
+        assert isinstance(said["exc_info"], OSError)
+        assert host.counted("forepage.fallbacks")["coldpool_release_deferred"] == 1
+        await client.reserve(1)  # announces first
+        assert (await client.stat()).leased == 0
 
 
 async def test_lease_given_back_twice_is_counted_and_takes_nothing(host: Host) -> None:

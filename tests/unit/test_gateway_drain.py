@@ -8,7 +8,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import SecretStr
 
 from forepage.errors import DependencyError, ModelFormatError
 from forepage.gateway.app import run
@@ -88,8 +87,6 @@ async def test_taken_port_is_a_typed_error() -> None:
 async def test_missing_tokenizer_and_missing_workers_stop_the_start(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="WORKER_ADDRESSES"):
         await run(Settings(gateway=GatewaySettings(port=0)), asyncio.Event())
-    with pytest.raises(SettingsError, match="REDIS_URL"):
-        await run(Settings(redis_url=SecretStr("s3cret"), gateway=GatewaySettings(port=0)), asyncio.Event())
     model = ModelSettings(path=tmp_path)
     gateway = GatewaySettings(port=0, worker_addresses=("127.0.0.1:1",))
     with pytest.raises(ModelFormatError, match="tokenizer"):

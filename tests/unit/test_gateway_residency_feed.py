@@ -5,8 +5,9 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,11 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forepage.errors import RateLimitError
+from forepage.gateway.api_keys import new_key
 from forepage.gateway.dashboard import FEED_PATH
-from forepage.gateway.residency_feed import FRAME_S, MAX_WATCHING, ResidencyFeed, live_worker
+from forepage.gateway.residency_feed import (
+    FRAME_S,
+    MAX_WATCHING,
+    MAX_WATCHING_OF_KEY,
+    RETRY_AFTER_S,
+    ResidencyFeed,
+    live_worker,
+)
 from forepage.rpc import worker_pb2 as pb
 from rigs.fake_worker import FakeWorker, StartWorker
-from rigs.gateways import DEADLINE_S, OpenGateway, ServeGateway, until
+from rigs.gateways import DEADLINE_S, OpenGateway, ServeGateway, bearer, key_file, until
 from rigs.watching import blocks_of, resident_bits
 
 
@@ -173,13 +182,57 @@ async def test_one_reader_too_many_is_refused_and_leaves_nothing(
     for reader in readers:
         await anext(reader)
     with pytest.raises(RateLimitError):
-        feed.check_room()
-    with pytest.raises(RateLimitError):
         await anext(feed.frames())
     for reader in readers:
         await reader.aclose()
     assert feed.num_readers == 0
-    feed.check_room()
+    async with aclosing(feed.frames()) as again:
+        await anext(again)
+
+
+async def test_one_key_cannot_take_the_places_of_the_others(
+    start_worker: StartWorker, open_gateway: OpenGateway
+) -> None:
+    gateway = await open_gateway(await start_worker())
+    feed = open_feed(gateway.directory)
+    readers = [feed.frames("t", "greedy") for _ in range(MAX_WATCHING_OF_KEY)]
+    for reader in readers:
+        await anext(reader)
+    with pytest.raises(RateLimitError, match="this key") as refused:
+        await anext(feed.frames("t", "greedy"))
+    assert refused.value.retry_after_s == RETRY_AFTER_S
+    async with aclosing(feed.frames("t", "modest")) as other:  # of the same tenant
+        await anext(other)
+    await readers.pop().aclose()
+    async with aclosing(feed.frames("t", "greedy")) as again:
+        await anext(again)
+    for reader in readers:
+        await reader.aclose()
+    assert feed.num_readers == 0
+
+
+async def test_over_http_a_key_that_watches_too_much_is_told_when_to_come_back(
+    start_worker: StartWorker, serve_gateway: ServeGateway, tmp_path: Path
+) -> None:
+    (greedy, kept_greedy), (modest, kept_modest) = new_key("greedy"), new_key("modest")
+    keys = key_file(tmp_path, kept_greedy, kept_modest)
+    gateway = await serve_gateway(await start_worker(), api_keys=keys)
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        httpx.AsyncClient(base_url=gateway.url) as client,
+        AsyncExitStack() as watching,
+    ):
+        asks = [client.build_request("GET", FEED_PATH, headers=bearer(greedy)) for _ in range(12)]
+        replies = await asyncio.gather(*(client.send(ask, stream=True) for ask in asks))
+        for reply in replies:
+            watching.push_async_callback(reply.aclose)
+        refused = [reply for reply in replies if reply.status_code != 200]
+        assert len(refused) == len(asks) - MAX_WATCHING_OF_KEY, "also those that come at once"
+        for reply in refused:
+            assert (reply.status_code, reply.headers["retry-after"]) == (429, "10")
+            assert json.loads(await reply.aread())["error"]["code"] == "rate_limit_exceeded"
+        async with client.stream("GET", FEED_PATH, headers=bearer(modest)) as other:
+            assert other.status_code == 200
 
 
 async def test_over_http_frames_come_as_events_and_end_with_the_gateway(

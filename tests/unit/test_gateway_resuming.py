@@ -16,6 +16,7 @@ from rigs.fake_worker import (
     StartWorker,
     finished,
     queued,
+    silent,
     started,
     tokens,
 )
@@ -159,7 +160,7 @@ async def test_an_answer_never_goes_on_with_other_weights(
 async def test_without_another_worker_the_error_comes_within_the_wait(
     start_worker: StartWorker, open_gateway: OpenGateway
 ) -> None:
-    worker = await start_worker(script=dying(4))
+    worker = await start_worker(script=silent)  # one that fails by itself is asked again at once
     gateway = await open_gateway(worker, resume_wait_s=0.3)
     began_s = time.monotonic()
 

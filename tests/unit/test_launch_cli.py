@@ -40,6 +40,20 @@ def test_check_prints_the_tree_with_secrets_masked(monkeypatch: pytest.MonkeyPat
     assert rows["FOREPAGE_GATEWAY__PORT"] == ["8000", "default"]
 
 
+@pytest.mark.parametrize("command", ["check", "coldpool", "index", "worker", "gateway", "up"])
+@pytest.mark.parametrize("password", ["hush/hush", "hush#hush", "hush?hush"])
+def test_a_password_that_breaks_its_url_is_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, command: str, password: str
+) -> None:
+    """Its first half stands where the port should; the client's own error would say it."""
+    monkeypatch.setenv("FOREPAGE_REDIS_URL", f"redis://:{password}@host:6379")
+    code, output = run(command)
+    assert code == 2
+    assert "FOREPAGE_REDIS_URL" in output
+    assert "%2F" in output
+    assert "hush" not in output
+
+
 @pytest.mark.parametrize("command", ["check", "worker", "up"])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -48,6 +62,9 @@ def test_check_prints_the_tree_with_secrets_masked(monkeypatch: pytest.MonkeyPat
         ("FOREPAGE_GATEWAYS__PORT", "1"),
         ("FOREPAGE_GATEWAY__PORT", "99999"),
         ("FOREPAGE_WORKER__DEFAULT_MODE", "fast"),
+        ("FOREPAGE_REDIS_URL", "http://host:6379"),
+        ("FOREPAGE_REDIS_URL", "host:6379"),
+        ("FOREPAGE_REDIS_URL", "redis://host:six"),
     ],
 )
 def test_wrong_setting_is_one_line_and_exit_code_2(

@@ -21,7 +21,8 @@ from forepage.model.spec import ModelSpec
 from forepage.model.transformer import StepOutput, Transformer
 from forepage.model.weights import seeded_weights
 from forepage_kernels.layout import load_rows
-from rigs.parity import ATOL, FLASH, Subject
+from rigs.parity import ATOL, Subject
+from rigs.parity_configs import FLASH
 from rigs.plain_model import PlainModel
 
 CPU = torch.device("cpu")

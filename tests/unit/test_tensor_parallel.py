@@ -17,9 +17,11 @@ from forepage.model.transformer import Transformer
 from forepage.model.weight_table import weight_table
 from forepage.model.weights import load_or_seed, seeded_weights
 from rigs.checkpoint_writer import stored_tensors, write_checkpoint
-from rigs.parity import ATOL, MIXED, SEED, Sequences, Subject, TieBreaker
+from rigs.parity import ATOL, SEED, Sequences, Subject
+from rigs.parity_configs import MIXED
 from rigs.parity_ranks import CASES, FOUR_WAYS, NUM_TOKENS, Case, rank_differences, split_model, text
 from rigs.ranks import CPU, on_ranks
+from rigs.tie_breaker import TieBreaker
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

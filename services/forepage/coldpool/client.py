@@ -200,7 +200,7 @@ class ColdPoolClient:
     async def release(self, refs: Sequence[SlotRef], *, span: Span | None = None) -> int:
         """Give leases (in prefix order) and unpublished slots back; answers how many were stale.
 
-        Never fails: what a manager that is away did not hear, the next announcement tells it.
+        Never fails, since nobody waits for it: what the manager did not hear, the next announcement tells it.
         """
         if not refs:
             return 0
@@ -216,10 +216,11 @@ class ColdPoolClient:
                 bond.forget(refs)
                 reply: pb.ReleaseReply = await bond.send(bond.stub.Release, request, span=span)
                 return reply.stale
-        except ForepageError as error:
+        except Exception as error:
             bond.is_stale = True
             self._telemetry.count(MetricName.FALLBACKS, fallback="coldpool_release_deferred")
-            _log.warning("release_deferred", slots=len(refs), reason=str(error))
+            defect = None if isinstance(error, ForepageError) else error
+            _log.warning("release_deferred", slots=len(refs), reason=str(error), exc_info=defect)
             return 0
 
     async def stat(self, *, span: Span | None = None) -> PoolStat:

@@ -160,5 +160,5 @@ async def _typed(context: Context, work: Awaitable[_T]) -> _T:
     try:
         return await work
     except ForepageError as error:
-        _log.info("call_refused", code=error.code, reason=error.message)
+        _log.info("call_refused", code=error.code, reason=str(error))
         await abort(context, error)

@@ -99,7 +99,8 @@ class KeyMiddleware:
         key = self._key_of(Headers(scope=scope))
         if key is None:
             raise AuthenticationError("show an API key of this server: `Authorization: Bearer fp-...`")
-        request_scope(scope).tenant = key.tenant
+        ours = request_scope(scope)
+        ours.tenant, ours.key_name = key.tenant, key.name
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

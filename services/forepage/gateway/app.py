@@ -24,6 +24,7 @@ from forepage.from_zero import begin_at_zero
 from forepage.gateway.admission import Admission
 from forepage.gateway.admitted_body import AdmittedBodyMiddleware
 from forepage.gateway.api_keys import OPEN_PATHS, KeyMiddleware, read_keys
+from forepage.gateway.connection import Connection
 from forepage.gateway.cors import CorsMiddleware
 from forepage.gateway.dashboard import FILES, PASSAGES_PATH, make_dashboard
 from forepage.gateway.http_errors import MethodError, RouteError, error_of_validation, error_response
@@ -131,6 +132,8 @@ async def run(
         server = _Server(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -176,11 +179,8 @@ def _worker_source(settings: Settings, telemetry: Telemetry) -> WorkerSource:
         return FixedWorkers(settings.gateway.worker_addresses)
     if settings.redis_url is None:
         raise SettingsError("the gateway needs FOREPAGE_GATEWAY__WORKER_ADDRESSES or FOREPAGE_REDIS_URL")
-    try:
-        client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
-        return RedisWorkers(client, settings.instance, telemetry)
-    except ValueError as error:  # names the schemes, not the URL
-        raise SettingsError(f"FOREPAGE_REDIS_URL: {error}") from error
+    client = open_redis(settings.redis_url.get_secret_value(), settings.tls)
+    return RedisWorkers(client, settings.instance, telemetry)
 
 
 @contextmanager

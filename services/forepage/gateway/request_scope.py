@@ -36,6 +36,8 @@ class RequestScope:
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     tenant: str | None = None
     """Whose API key it came with; None: no keys are asked for."""
+    key_name: str | None = None
+    """The key's own name: what its limits are counted by."""
     operation: str | None = None
     model: str | None = None
     status: int | None = None
@@ -141,6 +143,9 @@ class RequestScopeMiddleware:
             if isinstance(ours.error, ForepageError) and ours.status == ours.error.http_status:
                 self._telemetry.count(MetricName.REFUSALS, reason=ours.error.code)
         if scope["path"].startswith("/v1/"):
+            # Why it was not served; of what is wrong with a request the client alone is told.
+            is_ours = isinstance(ours.error, ForepageError) and ours.error.http_status >= 500
+            reason = {"reason": str(ours.error)} if is_ours else {}
             self._log.info(
                 "request",
                 request_id=ours.request_id,
@@ -149,4 +154,5 @@ class RequestScopeMiddleware:
                 status=status,
                 error=ours.error_code,
                 duration_s=round(ours.elapsed_s, 4),
+                **reason,
             )

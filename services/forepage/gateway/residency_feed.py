@@ -5,6 +5,7 @@ One watch a worker, however many watch here; none while nobody does. A slow read
 
 import asyncio
 import base64
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
@@ -19,8 +20,11 @@ from forepage.rpc import worker_pb2 as pb
 
 BLOCK_TOKENS = BLOCK_ENTRIES * C4_RATIO
 MAX_WATCHING = 64
+MAX_WATCHING_OF_KEY = 8
+"""Of one API key: it can't take the places of all others."""
 FRAME_S = 0.2
 """Nobody gets frames faster than this."""
+RETRY_AFTER_S = 10.0
 LOOK_AGAIN_S = 1.0
 """How often workers that came, left or were lost are looked for."""
 
@@ -37,14 +41,15 @@ class ResidencyFeed:
         self._newest: dict[str, pb.WatchFrame | ForepageError] = {}
         self._version = 0
         self._num_readers = 0
+        self._readers_of_key: Counter[str] = Counter()
         self._watching: asyncio.Task[None] | None = None
 
-    async def frames(self, tenant: str | None = None) -> AsyncGenerator[Frame]:
+    async def frames(self, tenant: str | None = None, key_name: str | None = None) -> AsyncGenerator[Frame]:
         """Snapshots as they change, the first at once, until closed; of sequences only the tenant's own.
 
-        Raises: RateLimitError for one reader too many.
+        Raises: RateLimitError for one reader too many, in all or of the key.
         """
-        with self._reader():
+        with self._reader(key_name):
             seen = -1
             while not self._is_closed():
                 if self._watching is not None and self._watching.done():
@@ -59,16 +64,24 @@ class ResidencyFeed:
         """Who watches here."""
         return self._num_readers
 
-    def check_room(self) -> None:
-        """Raises: RateLimitError for one reader too many."""
+    def _check_room(self, key_name: str | None) -> None:
+        if key_name is not None and self._readers_of_key[key_name] >= MAX_WATCHING_OF_KEY:
+            raise RateLimitError(
+                f"{MAX_WATCHING_OF_KEY} pages are watching with this key, the most it may have; close one",
+                retry_after_s=RETRY_AFTER_S,
+            )
         if self._num_readers >= MAX_WATCHING:
-            raise RateLimitError(f"{MAX_WATCHING} pages are watching already; close one", None, 10.0)
+            raise RateLimitError(
+                f"{MAX_WATCHING} pages are watching already; close one", retry_after_s=RETRY_AFTER_S
+            )
 
     @contextmanager
-    def _reader(self) -> Iterator[None]:
+    def _reader(self, key_name: str | None) -> Iterator[None]:
         """Workers are watched from the first reader on until the last one leaves."""
-        self.check_room()
+        self._check_room(key_name)
         self._num_readers += 1
+        if key_name is not None:
+            self._readers_of_key[key_name] += 1
         if self._watching is None:
             self._newest.clear()
             self._watching = asyncio.create_task(self._watch_all())
@@ -76,6 +89,8 @@ class ResidencyFeed:
             yield
         finally:
             self._num_readers -= 1
+            if key_name is not None:
+                self._readers_of_key[key_name] -= 1
             if self._num_readers == 0:
                 self._watching.cancel()
                 self._watching = None

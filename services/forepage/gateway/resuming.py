@@ -97,7 +97,7 @@ class Resumer:
             raise
         except ForepageError as error:
             log = structlog.get_logger("forepage.gateway")
-            log.info("could not resume there", worker=worker.load.worker_id, error=error.message)
+            log.info("could not resume there", worker=worker.load.worker_id, error=str(error))
             return None
         return stream
 
@@ -161,7 +161,7 @@ class ResumingStream:
             "went on with a lost stream",
             worker=self.worker_id,
             answered_tokens=len(self._answered),
-            error=lost.message,
+            error=str(lost),
         )
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class WorkerDirectory:
         except DependencyError as error:
             self._telemetry.count(MetricName.FALLBACKS, fallback="last_known_workers")
             if not self._is_source_down:  # once an outage
-                self._log.warning("worker source down, keeping the last known workers", error=error.message)
+                self._log.warning("worker source down, keeping the last known workers", error=str(error))
             self._is_source_down = True
         else:
             self._is_source_down = False

@@ -3,7 +3,9 @@
 The manager may evict or rewrite a slot that nobody leases, and a worker's lease may end while we score. So
 a block is *readable* only if its header says `complete` at the asked generation both before and after its
 keys were used; callers ask `MappedKeys.readable` twice. A new arena (another file under the name) is mapped
-when it appears; work under way goes on with the old mapping, which lives until its last user is gone.
+when it appears; work under way goes on with the old mapping, which lives until its last user is gone. For a
+GPU a mapping is handed out once all of it is page-locked; meanwhile nothing is, since in the old one the same
+slot and generation may stand for another record.
 """
 
 import os
@@ -17,7 +19,7 @@ from torch import Tensor
 from forepage.coldpool.arena import ArenaView
 from forepage.coldpool.records import SlotRef
 from forepage.errors import DependencyError
-from forepage.index.page_lock import page_lock
+from forepage.index.page_lock import PageLock
 from forepage.kv.geometry import KvGeometry
 from forepage.model.kv_pools import key_layout
 from forepage_kernels.layout import KeyPool
@@ -30,7 +32,7 @@ class MappedKeys:
     """One arena's payloads as tensors, readable by `device`; safe to use from several threads."""
 
     def __init__(self, view: ArenaView, geometry: KvGeometry, device: torch.device) -> None:
-        """Raises: DependencyError when the arena's slots are not of this model's size, or CUDA refuses."""
+        """Raises: DependencyError when the arena's slots are not of this model's size."""
         if view.slot_bytes != geometry.slot_bytes:
             raise DependencyError(
                 f"the arena's slots have {view.slot_bytes} bytes, this model's records need "
@@ -40,8 +42,7 @@ class MappedKeys:
         self._geometry = geometry
         self.payloads = _as_tensor(view.buffer)
         """u8 [num_slots * slot_bytes], in host memory"""
-        if device.type == "cuda":
-            page_lock(self, self.payloads, device)
+        self.page_lock = PageLock(self, self.payloads, device) if device.type == "cuda" else None
 
     @property
     def uuid(self) -> str:
@@ -76,7 +77,7 @@ class MappedKeys:
 
 
 class KeyStore:
-    """Owns the current mapping; used from one task, hands out `MappedKeys`."""
+    """Owns the current mapping; used from one thread, hands out `MappedKeys`."""
 
     def __init__(self, path: Path, geometry: KvGeometry, device: torch.device) -> None:
         self._path = path
@@ -93,8 +94,8 @@ class KeyStore:
     def current(self) -> MappedKeys:
         """The arena that lies under the path now; a file that is gone leaves the last mapping in use.
 
-        Raises: DependencyError while there was never one, or it isn't this model's; IntegrityError if the
-        file is no arena or of another layout version.
+        Never waits. Raises: DependencyError while there was never one, it isn't this model's, or the GPU
+        can't read all of it yet; IntegrityError if the file is no arena or of another layout version.
         """
         file = self._identity()
         if self._mapped is None or (file is not None and file != self._file):
@@ -102,7 +103,15 @@ class KeyStore:
             self._mapped = None
             self._mapped = MappedKeys(self._open(), self._geometry, self._device)
             self._file = file
+        if self._mapped.page_lock is not None:
+            self._mapped.page_lock.check()
         return self._mapped
+
+    def close(self, timeout_s: float) -> bool:
+        """Let go of the mapping. Whether nothing of it was page-locked any more within that time."""
+        page_lock = None if self._mapped is None else self._mapped.page_lock
+        self._mapped = None
+        return page_lock is None or page_lock.wait_end(timeout_s)
 
     def _open(self) -> ArenaView:
         # CUDA page-locks only what the process could write; nothing here ever writes.

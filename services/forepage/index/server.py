@@ -34,6 +34,8 @@ from forepage.telemetry import Telemetry, open_telemetry
 
 ARENA_POLL_S = 0.1
 FLUSH_S = 1.0
+UNLOCK_S = 15.0
+"""For giving page-locked memory back at the end; one piece of it takes about 5 s."""
 _log = structlog.get_logger("forepage.index")
 
 Scoring = Callable[[Scorer], BlockScorer]
@@ -46,7 +48,7 @@ def by_memory_indexer(scorer: Scorer) -> BlockScorer:
 
 
 async def run(settings: Settings, stop: asyncio.Event, scoring: Scoring = by_memory_indexer) -> None:
-    """Serve until `stop`. Health says SERVING once an arena is mapped; until then questions get an error.
+    """Serve until `stop`. Health says SERVING while an arena can be read; else questions get an error.
 
     Plans are made of what `scoring` says: a load test's model has random weights, and nothing to predict.
     Raises: ModelFormatError for the model folder, DependencyError when the address can't be bound.
@@ -92,10 +94,12 @@ async def _serve(
         listen, drain_s = settings.index.listen, settings.index.drain_timeout_s
         async with serving(listen, register, tls=tls, drain_s=drain_s, ready=False) as (port, health):
             _log.info("index listens", port=port)
-            mapping = tasks.create_task(_map_arena(store, health))
+            watching = tasks.create_task(_watch_arena(store, health))
             await stop.wait()
-            mapping.cancel()
+            watching.cancel()
             servicer.drain()
+        if not await asyncio.to_thread(store.close, UNLOCK_S):
+            _log.warning("page-locked memory of the arena is still in use; the kernel takes it back")
 
 
 @asynccontextmanager
@@ -124,21 +128,23 @@ async def _publishing(
             await asyncio.wait({running})
 
 
-async def _map_arena(store: KeyStore, health: Any) -> None:
-    """Look for the arena until it can be mapped, then say SERVING; each new reason is logged once."""
-    reason = ""
+async def _watch_arena(store: KeyStore, health: Any) -> None:
+    """Look for the arena, and for one that replaces it; health follows, each new reason is logged."""
+    states, last = health_pb2.HealthCheckResponse, ("", "")
     while True:
+        uuid = reason = ""
         try:
-            keys = store.current()
+            uuid = store.current().uuid
         except ForepageError as error:
-            if str(error) != reason:
-                reason = str(error)
+            reason = str(error)
+        if (uuid, reason) != last:
+            last = uuid, reason
+            await health.set("", states.SERVING if uuid else states.NOT_SERVING)
+            if uuid:
+                _log.info("arena mapped", arena=uuid)
+            else:
                 _log.warning("no arena to read keys from yet", error=reason)
-            await asyncio.sleep(ARENA_POLL_S)
-        else:
-            await health.set("", health_pb2.HealthCheckResponse.SERVING)
-            _log.info("arena mapped", arena=keys.uuid)
-            return
+        await asyncio.sleep(ARENA_POLL_S)
 
 
 def build_servicer(

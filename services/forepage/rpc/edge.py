@@ -61,7 +61,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: ForepageErro
 
 
 def error_of_call(failure: grpc.aio.AioRpcError, *, what: str) -> ForepageError:
-    """The typed error behind a failed call; `what` names the peer where only a status came back."""
+    """The typed error behind a failed call; `what` names the peer where only a status came back.
+
+    What gRPC has to say of that is for our logs: the peer's address, or an exception with pieces of a prompt.
+    """
     trailing = cast("Iterable[tuple[str, str | bytes]]", failure.trailing_metadata() or ())
     for key, value in trailing:
         if key == ERROR_KEY and isinstance(value, bytes):
@@ -73,7 +76,8 @@ def error_of_call(failure: grpc.aio.AioRpcError, *, what: str) -> ForepageError:
                 retry_after_s=fields["retry_after_s"],
             )
     kind = _ERROR_OF_STATUS.get(failure.code(), DependencyError)
-    return kind(f"{what}: {failure.code().name.lower()} ({failure.details()})", retry_after_s=1.0)
+    status = failure.code().name.lower().replace("_", " ")
+    return kind(f"{what}: {status}; try again", retry_after_s=1.0, details=failure.details() or "")
 
 
 def metadata_of(context: grpc.aio.ServicerContext[Any, Any]) -> Mapping[str, str]:

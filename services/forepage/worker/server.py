@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -90,7 +90,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         identity = folder.card(settings.worker)
         readiness = Readiness(arena, WarmUp.of(parts))
         servicer = DecodeWorker(loop, parts, identity, folder.grammar(), readiness, eos=folder.eos)
-        async with _beside(index.run(), client.watch(), ranks.watch(loop.give_up)):
+        async with _beside(loop.give_up, index.run(), client.watch(), ranks.watch(loop.give_up)):
             await _serve(settings, stop, loop, servicer, readiness, identity, tls)
         if loop.broken is not None:
             raise loop.broken
@@ -123,7 +123,7 @@ async def _serve(
         loop.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         _log.info("worker ready", port=port, worker=identity.worker_id, model=identity.model_name)
-        async with _beside(keep_card(settings, identity)):
+        async with _beside(loop.give_up, keep_card(settings, identity)):
             while not stop.is_set() and loop.broken is None:
                 await _pause(stop)
             servicer.draining = True
@@ -139,9 +139,23 @@ async def _pause(stop: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Tasks that run as long as the block does."""
+async def _beside(
+    on_failure: Callable[[BaseException], None], *coroutines: Coroutine[Any, Any, None]
+) -> AsyncIterator[None]:
+    """Tasks that run as long as the block does; `on_failure` hears of one that breaks.
+
+    A worker that lost one would go on without index, cold pool or card, and nobody would know.
+    """
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        _log.error("a task of this worker broke; the worker stops", error=repr(error), exc_info=error)
+        on_failure(error)
+
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         yield
     finally:

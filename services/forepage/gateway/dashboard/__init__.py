@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -17,7 +16,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from forepage.gateway.chat_schemas import ChatBody
 from forepage.gateway.passages import Passages, passages
 from forepage.gateway.request_scope import request_scope
-from forepage.gateway.residency_feed import BLOCK_TOKENS, ResidencyFeed
+from forepage.gateway.residency_feed import BLOCK_TOKENS, Frame, ResidencyFeed
 from forepage.gateway.start import Starter
 
 FEED_PATH, PASSAGES_PATH = "/dashboard/feed", "/dashboard/passages"
@@ -57,10 +56,13 @@ def make_dashboard(feed: ResidencyFeed, starter: Starter) -> APIRouter:
 
     @router.get(FEED_PATH)
     async def watch(request: Request) -> EventSourceResponse:
-        """Snapshots of what is resident, as events."""
-        feed.check_room()
+        """Snapshots of what is resident, as events; its place is taken, or refused, before it begins."""
+        ours = request_scope(request.scope)
+        frames = feed.frames(ours.tenant, ours.key_name)
+        ours.stack.push_async_callback(frames.aclose)
+        first = await anext(frames, None)
         return EventSourceResponse(
-            _events(feed, request_scope(request.scope).tenant),
+            _events(first, frames),
             ping=PING_S,
             sep=LINE_END,
             send_timeout=SEND_TIMEOUT_S,
@@ -80,10 +82,15 @@ def make_dashboard(feed: ResidencyFeed, starter: Starter) -> APIRouter:
     return router
 
 
-async def _events(feed: ResidencyFeed, tenant: str | None) -> AsyncIterator[ServerSentEvent]:
-    async with aclosing(feed.frames(tenant)) as frames:
-        async for frame in frames:
-            yield ServerSentEvent(data=json.dumps(frame, separators=(",", ":")), sep=LINE_END)
+async def _events(first: Frame | None, rest: AsyncIterator[Frame]) -> AsyncIterator[ServerSentEvent]:
+    if first is not None:
+        yield _event(first)
+    async for frame in rest:
+        yield _event(frame)
+
+
+def _event(frame: Frame) -> ServerSentEvent:
+    return ServerSentEvent(data=json.dumps(frame, separators=(",", ":")), sep=LINE_END)
 
 
 def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
