@@ -117,7 +117,7 @@ async def _serve(
         drain_s=drain_s,
         ready=False,
     ) as (port, health):
-        await readiness.prepare(stop.is_set)
+        await readiness.prepare(lambda: stop.is_set() or loop.broken is not None)
         if not readiness.is_ready:
             return
         loop.start()
