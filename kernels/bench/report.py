@@ -81,6 +81,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     bars = axes.barh(labels, [100 * row["share"] for row in rows], color=colours)
     axes.bar_label(bars, [f"{row['time_us']:,.1f} us" for row in rows], padding=3, fontsize=8)
     axes.set(xlabel="% of the ceiling that binds", xlim=(0, 115))
+    axes.margins(y=0.005)
     axes.invert_yaxis()
     axes.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)

@@ -127,7 +127,8 @@ def _draw_ttft(panel: Any, shape: Shape, samples: Sequence[Sample]) -> None:
     if failed:
         panel.scatter(*_columns(failed), s=16, marker="x", color="C3", label="refused or failed")
     panel.set(title="time to first token, and users", xlabel="sent, s", ylabel="ms")
-    panel.legend(fontsize=8, loc="upper left")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8)
     users = panel.twinx()
     at_s, counts = [0.0], [shape.stages[0].users]
     for stage in shape.stages:

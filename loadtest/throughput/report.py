@@ -128,25 +128,32 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for panel, name, batch1, title in (
-        (panels[0], "concurrency", False, "sequences that fit"),
-        (panels[1], "tokens_per_s", False, "tokens/s, all sequences"),
-        (panels[2], "tokens_per_s", True, "tokens/s, batch 1"),
+    shown = [row for row in rows if _measures(row) == "decode"]
+    for panel, name, batch1, title in zip(
+        figure.subplots(1, 3),
+        ("concurrency", "tokens_per_s", "tokens_per_s"),
+        (False, False, True),
+        ("sequences that fit", "tokens/s, all sequences", "tokens/s, batch 1"),
+        strict=True,
     ):
-        for number, arm in enumerate(Arm):
-            points = [
-                (row["context_tokens"] / 1024, row[name])
-                for row in rows
-                if _measures(row) == "decode"
-                and (row["arm"], row["batch1"]) == (arm, batch1)
-                and row[name] is not None
-            ]
-            points.sort()
-            panel.plot(
-                [x for x, _ in points], [y for _, y in points], marker="o", color=f"C{number}", label=arm
-            )
-        panel.set(title=title, xlabel="context, K tokens", ylim=(0, None))
+        _draw_arms(panel, [row for row in shown if row["batch1"] == batch1], name)
+        panel.set(title=title, xlabel="context, tokens")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _draw_arms(panel: Any, rows: Sequence[Row], name: str) -> None:
+    """An arm a line, side by side: equal ones would hide each other."""
+    measured = [row for row in rows if row[name] is not None]
+    for number, arm in enumerate(Arm):
+        points = sorted((row["context_tokens"], row[name]) for row in measured if row["arm"] == arm)
+        at = [tokens * 1.02 ** (number - 2) for tokens, _ in points]
+        panel.plot(at, [value for _, value in points], marker="o", color=f"C{number}", label=arm)
+    contexts = sorted({row["context_tokens"] for row in measured})
+    if contexts:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(contexts, [f"{tokens / 1024:g}K" for tokens in contexts])
+        panel.minorticks_off()
+        panel.set_xlim(contexts[0] / 1.3, contexts[-1] * 1.3)
+        panel.set_ylim(0, 1.08 * max(row[name] for row in measured))

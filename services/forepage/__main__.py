@@ -16,6 +16,7 @@ import typer
 from forepage.console.cli import register as register_console
 from forepage.errors import ForepageError, IntegrityError
 from forepage.launch.health import Role, role_is_ready
+from forepage.release import release_version
 from forepage.settings import Settings, SettingsError, load_settings
 from forepage.settings_report import resolved_table, settings_markdown
 from forepage.training.cli import app as train_app
@@ -31,8 +32,18 @@ app.add_typer(train_app, name="train")
 register_console(app)
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"forepage {release_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def forepage() -> None:
+def forepage(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="which forepage this is")
+    ] = False,
+) -> None:
     """Serve DeepSeek-V4 at long context: one process a role, or all of them with `up`."""
 
 

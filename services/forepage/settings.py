@@ -7,7 +7,8 @@ the start: a misspelt setting must not be a default. OTEL_* variables belong to 
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
@@ -364,12 +365,19 @@ class SettingsError(Exception):
     """The environment does not make a valid tree; the text names each wrong variable."""
 
 
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest, if one is near."""
+    near = get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+    return f" (meant: {near[0]}?)" if near else ""
+
+
 def load_settings() -> Settings:
     """Read the tree from the environment. Raises: SettingsError naming what is unknown or out of range."""
     known = {name for name, _, _ in setting_names()}
     unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
     if unknown:
-        raise SettingsError(f"unknown settings: {', '.join(unknown)}; `forepage check` lists the known ones")
+        named = ", ".join(name + _meant(name, known) for name in unknown)
+        raise SettingsError(f"unknown settings: {named}; `forepage settings-table` lists the known ones")
     try:
         return Settings()
     except ValidationError as error:

@@ -206,6 +206,24 @@ def test_a_question_too_long_says_what_the_model_takes(stack: Stack, pictures: P
         picture(view, pictures, "too-long")
 
 
+def test_what_a_lost_gateway_showed_is_not_shown_as_running(stack: Stack, pictures: Path) -> None:
+    with opened(stack.url) as view:
+        page = view.page
+        wait_live(view)
+        page.click("#example")
+        page.route("**/v1/chat/completions", go_on)
+        page.click("#send")
+        page.wait_for_selector("#map-block:has-text('Interval 1')", timeout=ANSWER_MS)
+        stack.kill("gateway")
+        page.wait_for_selector("#map-summary:has-text('(last seen)')")
+        assert page.is_visible("#list-empty")
+        assert page.is_visible("#map")
+        picture(view, pictures, "last-seen")
+        stack.start("gateway")
+        page.wait_for_selector("#map-summary:has-text('(last seen)')", state="detached")
+        wait_live(view)
+
+
 def test_lost_processes_are_named_with_what_to_do(stack: Stack, pictures: Path) -> None:
     """The last test of this module: it kills the worker, then the gateway."""
     with opened(stack.url) as view:

@@ -56,6 +56,12 @@ def test_help_teaches_by_examples(command: str) -> None:
     assert output.count(f"forepage {command} ") >= 3
 
 
+def test_a_package_that_a_tool_needs_is_named_with_how_to_get_it(tree: Path) -> None:
+    tool = Tool("loadtest.load", ".", "", needs=("json", "no_such_package"))
+    with pytest.raises(RequestError, match=r"needs no_such_package: .*'\.\[dev\]'"):
+        run_tool(tool, [], root=tree)
+
+
 def test_without_a_source_tree_it_says_what_is_needed(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="checkout of the repository"):
         run_tool(EVAL, [], root=tmp_path)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import openai
@@ -112,6 +112,44 @@ async def test_what_is_not_there_is_a_not_found_error_that_says_what_is(
         assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
         card = await client.models.retrieve(MODEL)
         assert (card.id, card.object) == (MODEL, "model")
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+NO_TEXT_ALONE = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, IMAGE]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"messages": NO_TEXT_ALONE}, "messages[0].content[1].type", "sees no images"),
+        ({"messages": [{"role": "user", "content": [SOUND]}]}, "messages[0].content[0].type", "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities", "text alone"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio", "leave it out"),
+        ({"web_search_options": {}}, "web_search_options", "nothing is searched"),
+    ],
+    ids=["image", "sound", "modalities", "audio", "search"],
+)
+async def test_what_is_not_text_is_refused_with_the_reason(
+    start_worker: StartWorker, serve_gateway: ServeGateway, fields: dict[str, Any], param: str, said: str
+) -> None:
+    gateway = await serve_gateway(await start_worker())
+    async with client_of(gateway.url) as client:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **fields})
+    assert refused.value.param == param
+    assert said in str(body_of(refused.value)["message"])
+
+
+async def test_fields_that_ask_for_text_alone_are_taken(
+    start_worker: StartWorker, serve_gateway: ServeGateway
+) -> None:
+    gateway = await serve_gateway(await start_worker())
+    async with client_of(gateway.url) as client:
+        answered = await client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, modalities=["text"], audio=None, reasoning_effort="minimal"
+        )
+    assert answered.choices[0].message.content == ANSWER
 
 
 async def test_without_a_worker_it_is_a_server_error(

@@ -132,6 +132,8 @@ async def test_prompt_shows_tools_calls_and_results(
     [
         ({}, "</think>"),
         ({"reasoning_effort": "none"}, "</think>"),
+        ({"reasoning_effort": "minimal"}, "</think>"),
+        ({"reasoning_effort": "minimal", "chat_template_kwargs": {"thinking": False}}, "</think>"),
         ({"reasoning_effort": "medium"}, "<think>"),
         ({"chat_template_kwargs": {"thinking": False}}, "</think>"),
         ({"chat_template_kwargs": {"thinking": True}, "reasoning_effort": "high"}, "<think>"),

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from forepage import __main__ as cli
 from forepage.errors import DependencyError, IntegrityError
+from forepage.launch.up import announcement
+from forepage.release import release_version
 from forepage.settings import Settings
 
 
@@ -52,6 +54,31 @@ def test_a_password_that_breaks_its_url_is_not_quoted(
     assert "FOREPAGE_REDIS_URL" in output
     assert "%2F" in output
     assert "hush" not in output
+
+
+def test_a_misspelt_setting_is_told_which_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREPAGE_WORKER__BUDGET_BLOKS", "1")
+    monkeypatch.setenv("FOREPAGE_SOMETHING", "1")
+    _, output = run("check")
+    assert "FOREPAGE_WORKER__BUDGET_BLOKS (meant: FOREPAGE_WORKER__BUDGET_BLOCKS?)" in output
+    assert "FOREPAGE_SOMETHING, " in output, "nothing is near"
+    code, table = run("settings-table")  # as it says there: whatever is set
+    assert code == 0
+    assert "BUDGET_BLOCKS" in table
+
+
+def test_it_says_which_version_it_is() -> None:
+    assert run("--version") == (0, f"forepage {release_version()}\n")
+
+
+@pytest.mark.parametrize(("on_path", "said"), [(None, "env/bin/forepage"), ("/usr/bin/forepage", "forepage")])
+def test_what_runs_says_how_this_shell_reaches_the_command(
+    monkeypatch: pytest.MonkeyPatch, on_path: str | None, said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["env/bin/forepage", "up"])
+    monkeypatch.setattr("shutil.which", lambda _name: on_path)
+    text = announcement(Settings(), model="m")
+    assert f"in another terminal: `{said} status`, `{said} trace`" in text
 
 
 @pytest.mark.parametrize("command", ["check", "worker", "up"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from forepage.errors import RequestError
@@ -20,6 +21,8 @@ class Tool:
     module: str
     folder: str
     what: str
+    needs: tuple[str, ...] = ()
+    """Packages that only the development environment has."""
 
 
 EVAL = Tool("loadtest.quality", ".", "accuracy, evidence recall and footprint, suite by suite, over HTTP")
@@ -30,14 +33,19 @@ BENCHES = {
         "loadtest.throughput", ".", "sequences that fit and tokens/s, by what is kept on a GPU"
     ),
     "prefill": Tool("loadtest.prefill", ".", "how long a prompt takes to prefill"),
-    "load": Tool("loadtest.load", ".", "TTFT, ITL, recall and footprint of a running endpoint under load"),
+    "load": Tool(
+        "loadtest.load",
+        ".",
+        "TTFT, ITL, recall and footprint of a running endpoint under load",
+        needs=("gevent", "locust", "matplotlib"),
+    ),
 }
 
 
 def run_tool(tool: Tool, arguments: Sequence[str], *, root: Path = ROOT) -> int:
     """Run it to its end with our own interpreter; its exit code.
 
-    Raises: RequestError where the source tree is not there.
+    Raises: RequestError where the source tree, or a package that the tool needs, is not there.
     """
     folder = (root / tool.folder).resolve()
     place = folder / tool.module.replace(".", "/")
@@ -45,6 +53,12 @@ def run_tool(tool: Tool, arguments: Sequence[str], *, root: Path = ROOT) -> int:
         raise RequestError(
             f"{place} is not there: this needs a checkout of the repository and "
             "`pip install --editable '.[dev]'` in it; images and wheels do not hold the measuring tools"
+        )
+    missing = [name for name in tool.needs if find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"{tool.module} needs {', '.join(missing)}: "
+            f"`{sys.executable} -m pip install --editable '.[dev]'` in {root.resolve()}"
         )
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -83,6 +83,8 @@ def _head(status: Status) -> Text:
             f"`forepage up` for {minutes:,.0f} min (pid {status.card.pid})",
             f"in {status.card.run_dir}",
         ]
+    else:
+        parts.append("no `forepage up` of it on this host: asked where the settings say")
     return Text(" · ".join(parts) + "\n", style="bold")
 
 

@@ -37,10 +37,32 @@ def _known_choice(value: Any) -> Any:
     return value
 
 
+def _text_part(value: Any) -> Any:
+    if isinstance(value, str) and value != "text":
+        raise ValueError("must be text: the model sees no images, audio or files")
+    return value
+
+
+def _text_alone(value: Any) -> Any:
+    if isinstance(value, list) and value != ["text"]:
+        raise ValueError("must be text alone: the model makes no audio or images")
+    return value
+
+
+def _no_search(value: Any) -> Any:
+    if value is not None:
+        raise ValueError(
+            "nothing is searched here: leave it out, and put what should be read into the prompt"
+        )
+    return value
+
+
 class TextPart(Fields):
     """A part of a message's content; only text."""
 
-    type: Literal["text"] = Field(description="text is all that is taken")
+    type: Annotated[Literal["text"], BeforeValidator(_text_part)] = Field(
+        description="text is all that is taken"
+    )
     text: Text = Field(description="parts are joined by empty lines")
 
 
@@ -193,8 +215,15 @@ class ChatBody(GenerationBody):
         Literal["none", "auto", "required"] | NamedTool | None, BeforeValidator(_known_choice)
     ] = Field(None, description="whether it must; auto unless said")
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends with its first call")
-    reasoning_effort: Literal["none", "low", "medium", "high", "xhigh", "max"] | None = Field(
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="whether to think before the answer, and how hard; none unless said"
+    )
+    modalities: Annotated[list[Literal["text"]], BeforeValidator(_text_alone)] | None = Field(
+        None, description="text is all that is made"
+    )
+    audio: Off = None
+    web_search_options: Annotated[Any, BeforeValidator(_no_search)] = Field(
+        None, description="refused: nothing is searched"
     )
     chat_template_kwargs: ChatTemplateFields | None = Field(
         None, description="extension, as in vLLM and SGLang"

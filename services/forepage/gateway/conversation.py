@@ -43,9 +43,10 @@ def thinking_mode(body: ChatBody) -> ThinkingMode:
     """Thinking when the switch or an effort asks for it. Raises: RequestError when they contradict."""
     effort = body.reasoning_effort
     switch = body.chat_template_kwargs.thinking if body.chat_template_kwargs else None
-    if switch is not None and effort is not None and switch != (effort != "none"):
+    asks = effort in EFFORT_OF
+    if switch is not None and effort is not None and switch != asks:
         raise RequestError("chat_template_kwargs.thinking says otherwise", "reasoning_effort")
-    thinks = effort not in (None, "none") if switch is None else switch
+    thinks = asks if switch is None else switch
     return ThinkingMode.THINKING if thinks else ThinkingMode.CHAT
 
 

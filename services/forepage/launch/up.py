@@ -7,7 +7,9 @@ timeout; a second signal hurries.
 import asyncio
 import json
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -127,10 +129,11 @@ async def _announce(children: Sequence[Child], settings: Settings, terminal: Ter
             await waiting[0].ready.wait()
             waiting = [child for child in waiting if not child.ready.is_set()]
     models = await served_models(settings, timeout_s=PROBE_TIMEOUT_S)
-    terminal.tell(_announcement(settings, model=models[0] if models else settings.model.path.name))
+    terminal.tell(announcement(settings, model=models[0] if models else settings.model.path.name))
 
 
-def _announcement(settings: Settings, *, model: str) -> str:
+def announcement(settings: Settings, *, model: str) -> str:
+    """What to do with the running system."""
     url = gateway_url(settings)
     body = json.dumps(
         {
@@ -149,8 +152,14 @@ def _announcement(settings: Settings, *, model: str) -> str:
         f"\nforepage is up at {url}{page}\n\n"
         f"  curl {url}/v1/chat/completions {key}-H 'content-type: application/json' \\\n    -d '{body}'\n\n"
         f"metrics: {url}/metrics ({more})\n"
-        "in another terminal: `forepage status`, `forepage trace`\nCtrl-C stops everything.\n"
+        f"in another terminal: `{_command()} status`, `{_command()} trace`\nCtrl-C stops everything.\n"
     )
+
+
+def _command() -> str:
+    """How this shell reaches the command: by its path where no environment is activated."""
+    started_as = Path(sys.argv[0])
+    return str(started_as) if started_as.name == "forepage" and not shutil.which("forepage") else "forepage"
 
 
 def _first(failures: ExceptionGroup) -> Exception:

@@ -94,7 +94,7 @@ export function openAsking({ at, showNotice, showRefusal, setOwn, watchCells, co
     at("document").hidden = true;
     const total = where.blocks.length;
     at("read-summary").textContent = found.length
-      ? `${found.length} of ${total} blocks held evidence; the darker the mark, the more of it`
+      ? `${found.length} of ${total} blocks held evidence`
       : `no block stood out: attention was spread over all ${total} blocks`;
     at("passages").replaceChildren(...found.slice(0, MOST_SHOWN).map(passageItem));
     redraw();

@@ -105,7 +105,7 @@ function renderMap(sequence, isOver) {
   }
   const states = blockStates(sequence);
   const who = sequence.request_id === own ? "your question" : sequence.request_id.slice(0, 8);
-  at("map-summary").textContent = `${who}${isOver ? " (ended)" : ""}: ${summaryOf(sequence, states)}`;
+  at("map-summary").textContent = `${who}${!isOver ? "" : isFollowing ? " (ended)" : " (last seen)"}: ${summaryOf(sequence, states)}`;
   if (!hasBlocks) {
     at("map-block").textContent = "Waiting for room on the device.";
     return;
@@ -208,6 +208,7 @@ async function follow() {
         if (at("notice").dataset.of === "feed") hideFeedNotice();
         render();
       }
+      lookBack();
       setStatus("wait", "the gateway ended the feed");
     } catch (error) {
       if (error.name !== "AbortError") lose(error);
@@ -231,8 +232,16 @@ function pause(isRefused) {
 let wake = () => {};
 let reconnect = () => {};
 
+/** Nothing is known of now: no sequence is listed as running, the map stays as it was last seen. */
+function lookBack() {
+  isFollowing = false;
+  if (frame) frame = { ...frame, workers: [] };
+  render();
+}
+
 function lose(error) {
   if (!(error instanceof Refusal)) throw error;
+  lookBack();
   const needsKey = error.status === 401;
   setStatus("bad", needsKey ? (hasKey() ? "key refused" : "key needed") : error.status === 0 ? "gateway lost" : "feed refused");
   showEmpty("Not connected.", `What is resident is shown as soon as ${needsKey ? "the server knows your key" : "the gateway answers"}.`);
