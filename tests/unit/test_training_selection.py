@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from forepage.kv.geometry import KvFormat
 from forepage.training.backbone.network import Backbone, Layer, Watched
 from forepage.training.backbone.official import export, start_from
 from forepage.training.backbone.packing import Packing
+from forepage.training.backbone.rows import attend
 from forepage.training.backbone.selection import Selection, best_entries
 from rigs.tiny_training import (
     CPU,
@@ -168,6 +170,30 @@ def test_a_choice_has_no_gradient() -> None:
     chosen = Selection(packing, 8).chosen(query, weights, keys)
     assert chosen.dtype == torch.bool
     assert not chosen.requires_grad
+
+
+@torch.no_grad()
+def test_the_attention_kernels_form_of_a_choice_is_compiled_once_and_equals_the_dense_one() -> None:
+    """As on a GPU, but for the backend: every layer of every step brings another choice."""
+    generator = torch.Generator().manual_seed(0)
+    query, stored = (torch.randn(*shape, generator=generator) for shape in ((1024, 2, 32), (1280, 32)))
+    sink = torch.randn(2, generator=generator)
+    blocked, dense = (
+        Packing(1024, (0, 4), window_tokens=128, device=CPU, in_blocks=each) for each in (True, False)
+    )
+    for packing in (blocked, dense):
+        packing.pack([512, 512])
+    closed = dense.visible(4)
+    assert isinstance(closed, Tensor)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    attend_compiled = torch.compile(attend, fullgraph=True, dynamic=False, backend=graphs)
+    for share in (0.1, 0.0, 1.0, 0.5):
+        chosen = closed[:, :256] & (torch.rand(1024, 256, generator=generator) < share)
+        got = attend_compiled(query, stored, sink, blocked.narrowed(4, chosen))
+        want = attend(query, stored, sink, dense.narrowed(4, chosen))
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    assert graphs.frame_count == 1
 
 
 def test_only_layers_with_an_indexer_are_narrowed_and_watched(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from torch import Tensor
 
 from forepage.errors import ModelFormatError, RequestError
 from forepage.training.backbone import batch_stream, checkpoint
+from forepage.training.backbone import run as run_module
 from forepage.training.backbone.batch_stream import BatchStream, Feeder
 from forepage.training.backbone.batches import make_batch
 from forepage.training.backbone.checkpoint import Progress
+from forepage.training.backbone.evaluation import Evaluation, Score
 from forepage.training.backbone.indexer_fit import Fitting, Sample
-from forepage.training.backbone.journal import journal, read_log
+from forepage.training.backbone.journal import Journal, journal, read_log
 from forepage.training.backbone.network import Backbone, Watched
 from forepage.training.backbone.official import export, official_weights
 from forepage.training.backbone.optimizer import INDEXER
 from forepage.training.backbone.run import Order, run
 from forepage.training.backbone.sparse_training import SparseTraining
 from forepage.training.backbone.step import TrainingStep
-from forepage.training.backbone.trainer import Budget
+from forepage.training.backbone.trainer import Budget, Trainer
 from rigs.tiny_training import SMALL, random_network, training_config
 
 MODEL = SMALL | {"index_topk": 16}
@@ -204,6 +207,43 @@ def test_time_ends_the_stage_where_no_number_of_steps_is_given(tmp_path: Path) -
     assert 2 <= training.progress.step <= 10
     assert training.progress.stage_seconds >= 30
     assert training.progress.seconds == 100 + training.progress.stage_seconds
+
+
+@pytest.mark.parametrize(("moments", "warm_again"), [("float32", False), ("none", True)])
+def test_rates_rise_again_where_moments_were_not_kept(tmp_path: Path, moments: str, warm_again: bool) -> None:
+    changes: dict[str, Any] = {"optimizer__warmup_steps": 8, "sparse__steps": 100, "moments": moments}
+    training = tuning(tmp_path, **changes)
+    training.begin(Progress())
+    with journal(tmp_path, 1.0) as notes, BatchStream(training.config.data) as stream:
+        assert not training.train(stream, notes, Budget(float("inf"), 3))
+        resumed = tuning(tmp_path, **changes)
+        assert not resumed.train(stream, notes, Budget(float("inf"), 1))
+    rate = resumed.optimizers["backbone"].muon_lr.item()
+    assert rate == pytest.approx(0.02 * 0.05 * (1 if warm_again else 4) / 8)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_answers_are_scored_as_the_weights_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    """With the indexers' choice as soon as they have been trained, not before."""
+    asked = []
+
+    def forward(network: Backbone, *arguments: Any, **named: Any) -> Any:
+        asked.append(named["sparse"])
+        return Backbone.forward(network, *arguments, **named)
+
+    def scores(trainer: Trainer, notes: Journal, **named: Any) -> list[Score]:
+        monkeypatch.setattr(trainer.network, "forward", partial(forward, trainer.network))
+        return scored(trainer, notes, **named)
+
+    scored = run_module._scored
+    monkeypatch.setattr(run_module, "_scored", scores)
+    monkeypatch.setattr(Evaluation.scores, "__defaults__", (("records",),))
+    config = training_config(model=MODEL, stage__steps=2, indexer__steps=1, sparse__steps=1)
+    assert run(Order(config, tmp_path, steps=None if sparse else 1, device="cpu")) == sparse
+    assert asked == [sparse]
+    assert (tmp_path / "exact_match.md").exists()
 
 
 class CutOffError(Exception):

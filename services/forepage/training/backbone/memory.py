@@ -1,8 +1,8 @@
 """How much GPU memory a step of the sparse stage takes at most, told before it begins.
 
 What autograd keeps of a token is counted in a small forward pass on the CPU, uncompiled: a compiler keeps
-less. On a GPU attention keeps no matrix of tokens by rows; the choice, scores and the indexers' sample are
-added by their shapes.
+less, no copies in other types above all. On a GPU attention keeps no matrix of tokens by rows; the choice,
+scores and the indexers' sample are added by their shapes.
 """
 
 from dataclasses import dataclass, fields

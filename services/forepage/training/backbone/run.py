@@ -12,7 +12,6 @@ from forepage.training.backbone.config import TrainingConfig
 from forepage.training.backbone.evaluation import Evaluation, Score, free_memory
 from forepage.training.backbone.indexer_training import IndexerTraining
 from forepage.training.backbone.journal import Journal, journal
-from forepage.training.backbone.memory import memory_text
 from forepage.training.backbone.official import export
 from forepage.training.backbone.report import CURVE_FILE, can_draw, write_report
 from forepage.training.backbone.sparse_training import SparseTraining
@@ -91,7 +90,6 @@ def _train(  # the order of a run, to be read in one place
         if not done:
             return False
     forget_peak()
-    notes.note(f"sparse stage: {memory_text(trainer.config)}")
     left = None if order.steps is None else order.steps - trainer.steps_here
     return sparse.train(stream, notes, Budget(deadline, left))
 

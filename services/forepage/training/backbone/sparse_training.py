@@ -21,6 +21,7 @@ from forepage.training.backbone.config import OptimizerConfig, TrainingConfig
 from forepage.training.backbone.evaluation import free_memory
 from forepage.training.backbone.indexer_fit import Fitting, Sample
 from forepage.training.backbone.journal import Journal
+from forepage.training.backbone.memory import memory_text
 from forepage.training.backbone.network import Backbone
 from forepage.training.backbone.official import official_weights, restore
 from forepage.training.backbone.optimizer import INDEXER, Optimizer, rate_factor
@@ -83,6 +84,7 @@ class SparseTraining:
             return True
         if self._spent(budget, clock()):
             return False
+        journal.note(f"{NAME}: {memory_text(self.config)}")
         for parameter in self.network.parameters():
             parameter.requires_grad_()
         free_memory()
