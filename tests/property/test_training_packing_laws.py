@@ -89,6 +89,52 @@ def test_block_lists_and_their_rule_give_the_same_mask(lengths: list[int], windo
         assert np.array_equal(seen.numpy(), brute_force(lengths, ratio, window))
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=lengths_of_documents,
+    window=st.sampled_from([64, 128, 200]),
+    share=st.sampled_from([0.0, 0.001, 0.5, 0.999, 1.0]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_a_choice_of_entries_narrows_the_mask_to_it(
+    lengths: list[int], window: int, share: float, seed: int
+) -> None:
+    """The same in both forms, and the window stays; a block that nobody chose of is in neither list."""
+    expected = brute_force(lengths, 4, window)
+    dense, blocked = (packed(lengths, in_blocks=each, window=window) for each in (False, True))
+    places = dense.places
+    drawn = np.random.default_rng(seed).random((dense.num_tokens, places)) < share
+    expected[:, :places] &= drawn
+    chosen = torch.from_numpy(expected[:, :places].copy())
+    plain, mask = dense.narrowed(4, chosen), blocked.narrowed(4, chosen)
+    assert isinstance(plain, Tensor)
+    assert np.array_equal(plain.numpy(), expected)
+    assert isinstance(mask, BlockMask)
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
+    partial = listed(mask.kv_num_blocks, mask.kv_indices)
+    full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & full).any(), "a block in both lists would be attended twice"
+    tokens, rows = torch.arange(dense.num_tokens), torch.arange(places + dense.num_tokens)
+    zero = torch.zeros((), dtype=torch.int64)
+    rule = mask.mask_mod(zero, zero, tokens.unsqueeze(1), rows.unsqueeze(0))
+    assert np.array_equal(((rule & spread(partial)) | spread(full)).numpy(), expected)
+    needed = torch.from_numpy(expected).unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).any(3).any(1)
+    entries = places // BLOCK
+    assert torch.equal((partial | full)[:, :entries], needed[:, :entries])
+
+
+def test_everything_chosen_gives_the_lists_of_the_dense_mask() -> None:
+    packing = packed([512, 1536], in_blocks=True)
+    dense = packing.visible(4)
+    assert isinstance(dense, BlockMask)
+    closed = torch.from_numpy(brute_force([512, 1536], 4, WINDOW)[:, : packing.places].copy())
+    mask = packing.narrowed(4, closed)
+    assert isinstance(mask, BlockMask)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(dense, name)), name
+
+
 LONG = 32768
 """Tokens of a step in training: there c128 layers too have blocks of entries that are seen whole."""
 

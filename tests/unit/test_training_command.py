@@ -30,9 +30,9 @@ def train(folder: Path, *arguments: str, **changes: Any) -> Result:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps, its indexers trained, scored."""
+    """A run of three steps, its indexers warmed up, two sparse steps, scored."""
     folder = tmp_path_factory.mktemp("finished")
-    result = train(folder, "--steps", "3", stage__steps=3)
+    result = train(folder, stage__steps=3, sparse__steps=2)
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == "done"
     return folder / "run"
@@ -40,9 +40,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_export_checkpoint_log_and_report(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names == {"export", "checkpoint", "log.jsonl", "training.json", "training.png", "exact_match.md"}
+    files = {"log.jsonl", "training.json", "training.png", "exact_match.md"}
+    assert names == files | {"export", "checkpoint", "sparse"}
+    assert [path.name for path in (finished / "sparse").iterdir()] == ["checkpoint"]
     log = read_log(finished)
-    assert [row.get("phase", row.get("name")) for row in log] == ["records", "indexer"]
+    phases = [row.get("phase", row.get("name")) for row in log]
+    assert phases == ["records", "indexer", "comparison", "sparse", "comparison"]
     assert log[0]["steps"] == log[0]["total_steps"] == 3
     assert log[0]["tokens"] == 3 * 512
     assert 3 < log[0]["loss"] < 8, "of 320 tokens at random: ln 320 is 5.8"
@@ -51,21 +54,31 @@ def test_a_run_leaves_export_checkpoint_log_and_report(finished: Path) -> None:
 
 def test_the_report_says_what_was_measured(finished: Path) -> None:
     body = json.loads((finished / "training.json").read_text(encoding="utf-8"))
-    (row,) = body["rows"]
-    last = read_log(finished)[0]
-    assert row["stage"] == "backbone"
+    row, warm_up, sparse = body["rows"]
+    last, warmed, before, tuned, after = read_log(finished)
+    assert [each["stage"] for each in body["rows"]] == ["backbone", "warm-up", "sparse"]
     assert row["seconds"] == last["seconds"]
     assert row["peak_gpu_bytes"] is None or torch.cuda.is_available()
     assert row["final_metrics"]["stages"]["records"]["loss"] == last["loss"]
-    scores = [Score(**score) for score in row["final_metrics"]["exact_match"]]
+    assert warm_up["final_metrics"]["kl"] == warmed["kl"]
+    assert warm_up["final_metrics"]["steps"] == warmed["steps"] == 3
+    metrics = sparse["final_metrics"]
+    assert [metrics[key] for key in ("step", "loss", "kl")] == [2, tuned["loss"], tuned["kl"]]
+    assert sparse["seconds"] == tuned["stage_seconds"]
+    for name, side in (("before", before), ("after", after)):
+        assert side["when"] == name
+        assert metrics[name]["sparse_loss"] == side["sparse_loss"]
+        assert metrics[name]["kl"] == side["kl"]
+    scores = [Score(**score) for score in metrics["exact_match"]]
     assert [score.suite for score in scores] == ["records", *SUITES]
     assert all(score.n > 0 and 0 <= score.exact_match <= 1 for score in scores)
     assert (finished / "exact_match.md").read_text(encoding="utf-8") == table(scores) + "\n"
     assert body["config"]["backbone"]["model"] == SMALL
+    assert body["config"]["sparse"]["indexer_rate"] == 0.2
 
 
 def test_the_export_is_what_the_checkpoint_holds_and_can_be_served(finished: Path) -> None:
-    found = load(finished)
+    found = load(finished / "sparse")
     assert found is not None
     exported = load_file(finished / "export" / "model.safetensors")
     assert exported.keys() == found.masters.keys()
@@ -99,9 +112,16 @@ def test_time_stops_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert not read_log(tmp_path / "run"), "no step was taken"
     second = train(tmp_path, "--steps", "1", "--no-evaluate")
     assert "run it again to go on" in second.output
-    third = train(tmp_path, "--no-evaluate", indexer__minutes=0.0)
-    assert third.output.splitlines()[-1] == "done"
-    assert [(row["steps"], row["total_steps"]) for row in read_log(tmp_path / "run")] == [(1, 1), (3, 4)]
+    third = train(tmp_path, "--steps", "3", "--no-evaluate")
+    assert "run it again to go on" in third.output, "the backbone is done, the sparse stage is not"
+    fourth = train(tmp_path, "--no-evaluate")
+    assert fourth.output.splitlines()[-1] == "done"
+    log = read_log(tmp_path / "run")
+    taken = [(row["steps"], row["total_steps"]) for row in log if "total_steps" in row]
+    assert taken == [(1, 1), (3, 4), (4, 8)]
+    fifth = train(tmp_path, "--no-evaluate")
+    assert fifth.output.splitlines()[-1] == "done"
+    assert read_log(tmp_path / "run") == log, "nothing is left to train"
 
 
 def test_without_matplotlib_only_the_picture_is_missing(

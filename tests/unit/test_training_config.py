@@ -61,6 +61,13 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"stage__steps": None, "minutes": 0}, "share"),
         ({"indexer__tokens": 768}, "length"),
         ({"indexer__rows": 1}, "[indexer] rows"),
+        ({"indexer__steps": 0}, "[indexer] steps"),
+        ({"sparse__tokens": 768}, "length"),
+        ({"sparse__rows": 1}, "[sparse] rows"),
+        ({"sparse__steps": 0}, "[sparse] steps"),
+        ({"sparse__backbone_rate": 0.0}, "[sparse] backbone_rate"),
+        ({"sparse__indexer_rate": -0.2}, "[sparse] indexer_rate"),
+        ({"sparse__speed": 1.0}, "[sparse] speed"),
         ({"evaluation__lengths": [512, 700]}, "length"),
         ({"evaluation__lengths": []}, "[evaluation] lengths"),
         ({"evaluation__steps": 0}, "[evaluation] steps"),
@@ -72,7 +79,7 @@ def test_a_wrong_value_is_refused_by_name(change: dict[str, Any], named: str) ->
     assert named in caught.value.message
 
 
-@pytest.mark.parametrize("missing", ["data", "optimizer", "indexer", "evaluation", "model", "seed"])
+@pytest.mark.parametrize("missing", ["data", "optimizer", "indexer", "sparse", "evaluation", "model", "seed"])
 def test_what_is_missing_is_named(missing: str) -> None:
     raw = raw_config()
     del raw[missing]

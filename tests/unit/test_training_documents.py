@@ -11,7 +11,7 @@ from forepage.training.backbone.batches import KIND_IDS, make_batch
 from forepage.training.backbone.chats import asked, decisive_places
 from forepage.training.backbone.disguise import disguised
 from forepage.training.backbone.documents import NO_QUESTION
-from forepage.training.backbone.indexer_training import evidence_entries, wanted_mass
+from forepage.training.backbone.indexer_fit import evidence_entries, wanted_mass
 from forepage.training.backbone.records import record_document
 from rigs.tiny_training import training_config
 

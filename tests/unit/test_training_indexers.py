@@ -9,14 +9,15 @@ from torch import Tensor
 
 from forepage.training.backbone.batch_stream import BatchStream, Feeder
 from forepage.training.backbone.batches import make_batch
-from forepage.training.backbone.indexer_training import (
-    IndexerTraining,
+from forepage.training.backbone.indexer_fit import (
     Sample,
     attention_mass,
+    divergence,
     evidence_entries,
     kept_mass,
     wanted_mass,
 )
+from forepage.training.backbone.indexer_training import IndexerTraining
 from forepage.training.backbone.journal import journal, read_log
 from forepage.training.backbone.network import Backbone
 from forepage.training.backbone.optimizer import INDEXER
@@ -88,6 +89,16 @@ def test_wanted_mass_counts_what_is_above_the_cut_and_spreads_the_floor() -> Non
     assert not wanted_mass(torch.zeros(1, 4), none, plan).any()
 
 
+def test_divergence_is_that_of_torch_with_tokens_weighed_by_what_they_want() -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores, wanted = (torch.rand(5, 7, generator=generator) for _ in range(2))
+    total = wanted.sum(1)
+    each = torch.nn.functional.kl_div(scores.log_softmax(1), wanted / total[:, None], reduction="none").sum(1)
+    torch.testing.assert_close(divergence(scores, wanted), (each * total).sum() / total.sum())
+    assert not divergence(scores, torch.zeros(5, 7))
+    torch.testing.assert_close(divergence(wanted.log(), wanted), torch.zeros(()), rtol=0, atol=1e-6)
+
+
 def trainer(**changes: float) -> tuple[Backbone, IndexerTraining]:
     network = random_network(SMALL)
     for parameter in network.parameters():
@@ -104,8 +115,8 @@ def loss_on_a_batch_not_trained_on(training: IndexerTraining) -> list[float]:
     entries = torch.arange(training.packing.places) * 4
     closed = entries + 4 <= places.unsqueeze(1) + 1
     with torch.no_grad():
-        fits = training._fits(Sample(places, closed))
-    return [fit.loss.item() for fit in fits]
+        fitting = training.fitted(Sample(places, closed))
+    return [fit.loss.item() for fit in fitting.fits]
 
 
 def test_divergence_falls_and_only_indexers_change(tmp_path: Path) -> None:
@@ -133,12 +144,19 @@ def test_divergence_falls_and_only_indexers_change(tmp_path: Path) -> None:
 def test_a_sample_sees_closed_entries_of_its_own_document_and_half_of_it_is_answers() -> None:
     _, training = trainer(indexer__tokens=1024)
     batch = make_batch(training.config.data, training.stage, 0, 0)
-    sample = training._sample(batch)
+    sample = training.sample(batch)
     assert len(sample.places) == 128
     assert (batch.kinds[sample.places[64:].numpy()] != 0).all()
     for place, closed in zip(sample.places.tolist(), sample.closed, strict=True):
         begin = place // 512 * 512
         assert closed.nonzero().flatten().tolist() == list(range(begin // 4, (place + 1) // 4))
+
+
+def test_a_warm_up_without_rising_rates_is_allowed(tmp_path: Path) -> None:
+    network = random_network(SMALL)
+    training = IndexerTraining(network, training_config(optimizer__warmup_steps=0))
+    with journal(tmp_path, 1.0) as notes, BatchStream(training.config.data) as stream:
+        assert training.train(stream, notes, until=math.inf, clock=lambda: 0.0, steps=1) == 1
 
 
 def test_time_ends_the_warm_up_too(tmp_path: Path) -> None:

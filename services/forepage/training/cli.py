@@ -29,11 +29,16 @@ def backbone(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="stop after so many steps")] = None,
     begin_at: Annotated[
-        Path | None, typer.Option(help="model folder whose weights a new run begins at")
+        Path | None,
+        typer.Option(help="model folder, or its safetensors file, whose weights a new run begins at"),
     ] = None,
+    only_sparse: Annotated[
+        bool,
+        typer.Option(help="train the sparse stage alone, on --begin-at's weights or the folder's own"),
+    ] = False,
     indexer: Annotated[
         bool,
-        typer.Option(help="train the indexers at the end of this call, even if the backbone is not done"),
+        typer.Option(help="warm the indexers up at the end of this call, even if the backbone is not done"),
     ] = False,
     evaluate: Annotated[bool, typer.Option(help="score the test split at the end")] = True,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; none: a GPU if there is one")] = None,
@@ -47,6 +52,7 @@ def backbone(
             TrainingConfig.read(config),
             out,
             begin_at=begin_at,
+            only_sparse=only_sparse,
             minutes=minutes,
             steps=steps,
             indexer=indexer,

@@ -16,7 +16,7 @@ RESULT_FILE = "training.json"
 
 @dataclass(frozen=True)
 class StageRow:
-    """Of one stage: backbone, dump, indexer or calibrate."""
+    """Of one stage: backbone, warm-up (of the Lightning Indexers), sparse; dump, indexer, calibrate."""
 
     stage: str
     seconds: float | None
@@ -46,8 +46,14 @@ def write_row(folder: Path, row: StageRow, *, what: str, config: Mapping[str, An
 
 
 def peak_gpu_bytes() -> int | None:
-    """Of this process so far."""
+    """Of this process so far, or since `forget_peak`."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def forget_peak() -> None:
+    """Begin anew, with what is held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def device() -> dict[str, Any]:

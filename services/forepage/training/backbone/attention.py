@@ -1,6 +1,6 @@
 """Attention for training: window rows and all compressed rows, one shared key-value head, a sink.
 
-The maths is that of `model/attention.py`. While the backbone is trained, c4 layers attend every entry.
+The maths is that of `model/attention.py`. Until the sparse stage, c4 layers attend every entry.
 """
 
 import torch
@@ -11,6 +11,8 @@ from forepage.model.spec import ModelSpec
 from forepage.training.backbone.compressor import Compressor
 from forepage.training.backbone.indexer import Indexer
 from forepage.training.backbone.maths import fp8_rounded, linear, rms_norm, rotate, unit_rms
+from forepage.training.backbone.rows import LayerRows
+from forepage.training.backbone.selection import Selection
 
 
 class Attention(nn.Module):
@@ -45,6 +47,13 @@ class Attention(nn.Module):
     def latent(self, x: Tensor) -> Tensor:
         """The normed low-rank query [n, q_lora], which the indexer reads too."""
         return rms_norm(linear(x, self.wq_a), self.q_norm, self._spec.norm_eps)
+
+    def chosen(self, x: Tensor, rows: LayerRows, selection: Selection) -> Tensor:
+        """bool [n, P]: the entries that the indexer of a c4 layer chooses for attention inputs x [n, D]."""
+        assert self.indexer is not None
+        with torch.no_grad():
+            query, weights = self.indexer.ask(x, self.latent(x), (rows.cos, rows.sin))
+            return selection.chosen(query, weights, self.indexer.keys(x, rows))
 
     def written(self, attended: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attention [n, H, d] -> [n, D]: turned back at the query's position, two low-rank products."""

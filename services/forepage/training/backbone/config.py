@@ -72,7 +72,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class IndexerConfig:
-    """The Lightning Indexers' dense warm-up after the backbone: at the rates of [optimizer], falling to 0."""
+    """The Lightning Indexers' dense warm-up after the backbone: at the rates of [optimizer], falling to 0.
+
+    It takes `minutes`, or `steps` where that is given. `cut`, `floor` and `flatness` make the target, in the
+    sparse stage too.
+    """
 
     length: Count
     tokens: Count
@@ -80,9 +84,28 @@ class IndexerConfig:
     records: Share
     clip: Positive
     minutes: Weight
+    steps: Count | None
     cut: Share  # share of a token's attention above which an entry is something that was looked up
     floor: Positive  # weight of all other entries together
     flatness: Share  # exponent of their shares: 0 is flat, 1 as attended
+
+
+@dataclass(frozen=True, config=STRICT)
+class SparseConfig:
+    """The last stage: c4 layers attend what their indexers choose; backbone and indexers are both trained.
+
+    It takes `minutes`, or `steps` where that is given. Rates are those of [optimizer] times the factors here,
+    with its warm-up and decay; the loss weighs tokens as the last stage of the curriculum does.
+    """
+
+    length: Count
+    tokens: Count
+    rows: Annotated[int, Field(ge=2)]  # tokens of a step that the indexers learn from
+    records: Share
+    minutes: Weight
+    steps: Count | None
+    backbone_rate: Positive
+    indexer_rate: Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -108,6 +131,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     indexer: IndexerConfig
+    sparse: SparseConfig
     evaluation: EvaluationConfig
 
     @classmethod
@@ -132,7 +156,8 @@ class TrainingConfig:
                 "data": _made(DataConfig, _part(raw, "data"), "data"),
                 "optimizer": _made(OptimizerConfig, _part(raw, "optimizer"), "optimizer"),
                 "stages": tuple(_made(StageConfig, {"steps": None} | stage, "stage") for stage in stages),
-                "indexer": _made(IndexerConfig, _part(raw, "indexer"), "indexer"),
+                "indexer": _made(IndexerConfig, {"steps": None} | _part(raw, "indexer"), "indexer"),
+                "sparse": _made(SparseConfig, {"steps": None} | _part(raw, "sparse"), "sparse"),
                 "evaluation": _made(EvaluationConfig, _part(raw, "evaluation"), "evaluation"),
             },
         )
@@ -166,6 +191,7 @@ def _check(config: TrainingConfig) -> None:
         if stage.steps is None and not config.minutes * stage.share:
             raise RequestError(f"config: stage {stage.name}: neither steps nor a share of minutes", "share")
     _check_fits("[indexer]", config.indexer.length, config.indexer.tokens)
+    _check_fits("[sparse]", config.sparse.length, config.sparse.tokens)
     for length in config.evaluation.lengths:
         _check_fits("[evaluation] lengths", length, config.evaluation.tokens)
     suites = config.data.suites

@@ -31,12 +31,16 @@ class Score:
 
 
 class Evaluation:
-    """A network's scores; inputs and packing of `config.tokens` tokens are kept for all of them."""
+    """A network's scores; inputs and packing of `config.tokens` tokens are kept for all of them.
 
-    def __init__(self, network: Backbone, config: EvaluationConfig) -> None:
+    `sparse`: c4 layers attend what their indexers choose, as when served.
+    """
+
+    def __init__(self, network: Backbone, config: EvaluationConfig, *, sparse: bool = False) -> None:
         device, spec = network.embedding.device, network.spec
         self._network = network
         self._config = config
+        self._sparse = sparse
         self._inputs = Inputs.empty(config.tokens, device)
         self._packing = Packing(
             config.tokens, spec.compress_ratios, window_tokens=spec.window_tokens, device=device
@@ -65,7 +69,7 @@ class Evaluation:
         """Which questions are right, bool [questions]; which answers' tokens are, bool [tokens]."""
         self._feeder.feed(batch)
         # With gradients on, though none is taken: the compiled training code is used, no other is made.
-        streams, _ = self._network(self._inputs, self._packing)
+        streams, _ = self._network(self._inputs, self._packing, sparse=self._sparse)
         _, right = self._network.head.losses(streams, self._inputs.targets)
         correct = right.cpu().numpy()
         asked = batch.questions != NO_QUESTION

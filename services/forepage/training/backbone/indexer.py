@@ -30,13 +30,22 @@ class Indexer(nn.Module):
         entries: Tensor = self.compressor(x.detach(), rows.entry_cos, rows.entry_sin, rows.first_entries)
         return entries.to(x.dtype)
 
-    def scores(self, x: Tensor, latent: Tensor, keys: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [R, D] and latent [R, q_lora] of some tokens, their rotation [R, rope / 2] -> f32 [R, N]."""
+    def ask(self, x: Tensor, latent: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """x [R, D] and latent [R, q_lora] of some tokens, their rotation [R, rope / 2]: query, head weights.
+
+        f32 [R, H, D_i] and f32 [R, H].
+        """
         spec = self._spec
         query = linear(latent.detach(), self.wq_b).float().unflatten(-1, (spec.index_heads, spec.index_dims))
-        query = rotate(query, rope[0].unsqueeze(1), rope[1].unsqueeze(1)).to(x.dtype)
+        query = rotate(query, rope[0].unsqueeze(1), rope[1].unsqueeze(1))
         weights = linear(x.detach(), self.weights_proj).float() * (spec.index_dims * spec.index_heads) ** -0.5
+        return query, weights
+
+    def scores(self, x: Tensor, latent: Tensor, keys: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """As `ask`, against keys [N, D_i] -> f32 [R, N]."""
+        query, weights = self.ask(x, latent, rope)
+        query = query.to(x.dtype)
         total = torch.zeros(x.shape[0], keys.shape[0], device=x.device)
-        for head in range(spec.index_heads):
+        for head in range(self._spec.index_heads):
             total = total + weights[:, head, None] * F.relu((query[:, head] @ keys.T).float())
         return total

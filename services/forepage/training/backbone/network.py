@@ -3,14 +3,15 @@
 Masters are fp32; activations have the compute dtype (bf16 on a GPU). Layers of one kind are compiled once.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from forepage.kv.geometry import C4_RATIO
 from forepage.model.rope import RopeFrequencies, rotation
 from forepage.model.spec import ModelSpec
 from forepage.training.backbone.attention import Attention
@@ -18,6 +19,7 @@ from forepage.training.backbone.experts import Experts
 from forepage.training.backbone.maths import rms_norm
 from forepage.training.backbone.packing import Packing
 from forepage.training.backbone.rows import LayerRows, attend
+from forepage.training.backbone.selection import Selection
 from forepage.training.backbone.streams import HyperConnection, HyperHead
 
 MAX_KINDS = 64
@@ -56,6 +58,22 @@ class Inputs:
         )
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What one c4 layer attended in a forward pass, without gradients: its indexer learns from it."""
+
+    attention: Attention
+    x: Tensor  # [n, D]: attention inputs
+    query: Tensor  # [n, H, d]
+    stored: Tensor  # [P + n, d]
+    lse: Tensor  # f32 [n, H], the sink included
+    rows: LayerRows
+    chosen: Tensor | None  # bool [n, P]; None: every closed entry
+
+
+Watch = Callable[[Watched], None]
+
+
 class Layer(nn.Module):
     """One decoder layer."""
 
@@ -70,11 +88,20 @@ class Layer(nn.Module):
         self.experts = Experts(spec, hashed=layer < spec.num_hash_layers)
         self._eps = spec.norm_eps
 
-    def forward(self, streams: Tensor, tokens: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, streams: Tensor, tokens: Tensor, rows: LayerRows, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """streams [n, S, D] -> streams, share of choices of each expert f32 [E]."""
+        attention = self.attention
         x, post, comb, query, own = self.read(streams, rows.cos, rows.sin, rows.flattening, rows.fp8_share)
         stored = rows.stored(self.entries(x, rows), own)
-        attended, _ = self.attend(query, stored, self.attention.sink, rows.visible)
+        visible, chosen = rows.visible, None
+        if rows.selection is not None:
+            chosen = attention.chosen(x, rows, rows.selection)
+            visible = rows.selection.visible(chosen)
+        attended, lse = self.attend(query, stored, attention.sink, visible)
+        if watch is not None and attention.indexer is not None:
+            watch(Watched(attention, x.detach(), query.detach(), stored.detach(), lse.detach(), rows, chosen))
         forced = self.experts.forced(tokens)
         return self.write(streams, post, comb, attended, rows.cos, rows.sin, forced, self.experts.bias)
 
@@ -167,12 +194,18 @@ class Backbone(nn.Module):
             layer.compile_parts()
         self.head.losses = torch.compile(self.head.losses, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
-    def forward(self, inputs: Inputs, packing: Packing) -> tuple[Tensor, list[Tensor]]:
-        """Streams [n, S, D] after the last layer, and every layer's share of expert choices."""
-        rows = self.rows(inputs, packing)
+    def forward(
+        self, inputs: Inputs, packing: Packing, *, sparse: bool = False, watch: Watch | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Streams [n, S, D] after the last layer, and every layer's share of expert choices.
+
+        `sparse`: c4 layers attend the entries that their indexers choose, as when served; else all closed
+        ones. `watch` is called once for each c4 layer.
+        """
+        rows = self.rows(inputs, packing, sparse=sparse)
         streams, loads = self.embedded(inputs.tokens), []
         for layer in self._layers():
-            streams, load = layer(streams, inputs.tokens, rows[layer.ratio])
+            streams, load = layer(streams, inputs.tokens, rows[layer.ratio], watch)
             loads.append(load)
         return streams, loads
 
@@ -188,9 +221,13 @@ class Backbone(nn.Module):
             assert isinstance(layer, Layer)
             yield layer
 
-    def rows(self, inputs: Inputs, packing: Packing) -> Mapping[int, LayerRows]:
+    def rows(self, inputs: Inputs, packing: Packing, *, sparse: bool = False) -> Mapping[int, LayerRows]:
         """What layers of each ratio attend."""
-        return {ratio: self._rows(ratio, inputs, packing) for ratio in set(self.spec.compress_ratios)}
+        rows = {ratio: self._rows(ratio, inputs, packing) for ratio in set(self.spec.compress_ratios)}
+        if sparse and C4_RATIO in rows:
+            selection = Selection(packing, self.spec.index_topk)
+            rows[C4_RATIO] = replace(rows[C4_RATIO], selection=selection)
+        return rows
 
     def _rows(self, ratio: int, inputs: Inputs, packing: Packing) -> LayerRows:
         frequencies = self._frequencies.compressed if ratio else self._frequencies.window

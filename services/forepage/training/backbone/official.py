@@ -97,10 +97,23 @@ def export(network: Backbone, config: Mapping[str, object], folder: Path) -> Pat
 
 
 @torch.no_grad()
-def start_from(network: Backbone, folder: Path) -> None:
-    """Overwrite the masters with exported weights. Raises: ModelFormatError: the tensor that doesn't fit."""
-    stored = read_file(folder / WEIGHTS_FILE)
+def restore(network: Backbone, masters: Mapping[str, Tensor]) -> None:
+    """Overwrite the masters with those of a checkpoint of the same model."""
+    for name, master in official_weights(network).items():
+        master.copy_(masters[name])
+
+
+@torch.no_grad()
+def start_from(network: Backbone, path: Path) -> None:
+    """Overwrite the masters with exported weights, a folder or its safetensors file.
+
+    Raises: ModelFormatError: the file that is not there, the tensor that doesn't fit.
+    """
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    if not file.exists():
+        raise ModelFormatError(f"{file}: there are no weights to begin at")
+    stored = read_file(file)
     for name, master in official_weights(network).items():
         if name not in stored or stored[name].shape != master.shape:
-            raise ModelFormatError(f"{folder / WEIGHTS_FILE}: {name} is missing or has another shape")
+            raise ModelFormatError(f"{file}: {name} is missing or has another shape")
         master.copy_(stored[name])

@@ -21,7 +21,10 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Packing:
-    """`starts` i32 [n]: where each token's document begins. `visible(ratio)` follows every `pack`."""
+    """`starts` i32 [n]: where each token's document begins; `lengths`: how many tokens each document has.
+
+    `visible(ratio)` follows every `pack`.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Packing:
         self.window_tokens = window_tokens
         self.device = device
         self.starts = torch.zeros(num_tokens, dtype=torch.int32, device=device)
+        self.lengths: tuple[int, ...] = (num_tokens,)
         self._in_blocks = device.type == "cuda" if in_blocks is None else in_blocks
         self.places = num_tokens // min((ratio for ratio in ratios if ratio), default=num_tokens)
         if self._in_blocks and self.places % BLOCK:
@@ -52,12 +56,32 @@ class Packing:
             raise RequestError(f"documents of {lengths} tokens don't fill {self.num_tokens}", "length")
         begins = torch.tensor([0, *accumulate(lengths[:-1])], dtype=torch.int32)
         self.starts.copy_(begins.repeat_interleave(torch.tensor(list(lengths))))
+        self.lengths = tuple(lengths)
         for ratio, mask in self._masks.items():
             _overwrite(mask, self._mask(ratio))
 
     def visible(self, ratio: int) -> BlockMask | Tensor:
         """Which of [entry places | tokens] each token sees in layers of this ratio."""
         return self._masks[ratio]
+
+    def narrowed(self, ratio: int, chosen: Tensor) -> BlockMask | Tensor:
+        """`visible(ratio)`, but of the entries only each token's chosen ones: bool [n, P], all visible.
+
+        A fresh mask. In blocks: one of which no token chose anything is not read at all.
+        """
+        seen = self._masks[ratio]
+        if isinstance(seen, Tensor):
+            return torch.cat((chosen, seen[:, self.places :]), dim=1)
+        blocks = chosen.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [q, BLOCK, k, BLOCK]
+        touched, full = blocks.any(3).any(1), blocks.all(3).all(1)
+        near = _near_blocks(self.starts[::BLOCK], self.num_tokens, self.window_tokens)
+        return BlockMask.from_kv_blocks(
+            *_ordered(torch.cat((touched & ~full, near), dim=1)),
+            *_ordered(torch.cat((full, torch.zeros_like(near)), dim=1)),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=chosen_visibility(self.starts, chosen, self.window_tokens),
+            seq_lengths=(self.num_tokens, self.places + self.num_tokens),
+        )
 
     def first_entries(self, ratio: int) -> Tensor:
         """bool [n / ratio]: the first entry of each document."""
@@ -99,14 +123,32 @@ def visibility(starts: Tensor, ratio: int, places: int, window_tokens: int) -> M
     return rule
 
 
+def chosen_visibility(starts: Tensor, chosen: Tensor, window_tokens: int) -> MaskRule:
+    """`visibility` where a token sees its chosen entries, bool [n, P], and no others."""
+    places = chosen.shape[1]
+
+    def rule(_batch: Tensor, _head: Tensor, token: Tensor, row: Tensor) -> Tensor:
+        other = row - places
+        near = (other >= starts[token]) & (other <= token) & (token - other < window_tokens)
+        return ((row < places) & chosen[token, row.clamp(max=places - 1)]) | ((row >= places) & near)
+
+    return rule
+
+
+def _near_blocks(starts: Tensor, num_tokens: int, window_tokens: int) -> Tensor:
+    """bool [n / BLOCK, n / BLOCK]; starts i32 [n / BLOCK] of each block's document."""
+    tokens = torch.arange(0, num_tokens, BLOCK, device=starts.device)
+    first = tokens.unsqueeze(1)
+    oldest = (first - window_tokens + 1).clamp(min=0)
+    return (tokens + BLOCK - 1 >= oldest) & (tokens <= first) & (tokens >= starts.unsqueeze(1))
+
+
 def _blocks(starts: Tensor, ratio: int, places: int, window_tokens: int) -> tuple[Tensor, Tensor]:
     """bool [n / BLOCK, (P + n) / BLOCK] twice: seen in part, seen whole by every token of the block."""
     num_tokens = len(starts)
     first = torch.arange(0, num_tokens, BLOCK).unsqueeze(1)  # [q, 1] token
     start, last = starts[::BLOCK].unsqueeze(1), first + BLOCK - 1
-    tokens = torch.arange(0, num_tokens, BLOCK).unsqueeze(0)
-    oldest = (first - window_tokens + 1).clamp(min=0)
-    near = (tokens + BLOCK - 1 >= oldest) & (tokens <= first) & (tokens >= start)
+    near = _near_blocks(starts[::BLOCK], num_tokens, window_tokens)
     begin = torch.arange(0, places, BLOCK).unsqueeze(0) * ratio  # token of the first entry of a block
     span = ratio * BLOCK
     full = (begin >= start) & (begin + span <= first + 1) & (ratio > 0)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from forepage.training.backbone.selection import Selection
+
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -25,6 +27,7 @@ class LayerRows:
     fp8_share: Tensor  # f32 scalar: 1 rounds rows as an FP8 cache does
     places: int
     visible: BlockMask | Tensor  # which rows each token sees; a dense bool [n, P + n] on a CPU
+    selection: Selection | None = None  # narrows `visible` to the entries that each token's indexer chooses
 
     def stored(self, entries: Tensor | None, own: Tensor) -> Tensor:
         """entries [N, d], own [n, d] -> [P + n, d]; places without an entry are never seen."""

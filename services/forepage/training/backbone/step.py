@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forepage.training.backbone.batches import KINDS
 from forepage.training.backbone.experts import Experts
+from forepage.training.backbone.indexer_fit import Fitting
 from forepage.training.backbone.network import Backbone, Inputs
 from forepage.training.backbone.optimizer import Optimizer
 from forepage.training.backbone.packing import Packing
@@ -31,13 +32,19 @@ class Reading:
 
 
 class TrainingStep:
-    """Steps of one number of tokens. `inputs` and `packing` are filled by the caller, then `run`."""
+    """Steps of one number of tokens. `inputs` and `packing` are filled by the caller, then `run`.
 
-    def __init__(self, network: Backbone, optimizer: Optimizer, num_tokens: int) -> None:
+    With an optimiser of `indexers` c4 layers attend what these choose; each `run` gets their `Fitting`.
+    """
+
+    def __init__(
+        self, network: Backbone, optimizer: Optimizer, num_tokens: int, *, indexers: Optimizer | None = None
+    ) -> None:
         device = network.embedding.device
         spec = network.spec
         self.network = network
         self.optimizer = optimizer
+        self.indexers = indexers
         self.inputs = Inputs.empty(num_tokens, device)
         self.packing = Packing(
             num_tokens, spec.compress_ratios, window_tokens=spec.window_tokens, device=device
@@ -61,10 +68,16 @@ class TrainingStep:
             self._step()
         self.reset()
 
-    def run(self) -> None:
+    def rehearse(self, fitting: Fitting | None = None) -> None:
+        """Forward and backward of what the inputs hold, so that all is compiled; nothing is changed by it."""
+        self._gradients(fitting)
+        for parameter in self.network.parameters():
+            parameter.grad = None
+
+    def run(self, fitting: Fitting | None = None) -> None:
         """One step."""
         if self._graph is None:
-            self._step()
+            self._step(fitting)
         else:
             self._graph.replay()
 
@@ -87,22 +100,34 @@ class TrainingStep:
             means[LOSS], means[ANSWER_LOSS], means[NORM], means[IMBALANCE], accuracy, int(sums[STEPS])
         )
 
-    def _step(self) -> None:
+    def _step(self, fitting: Fitting | None = None) -> None:
         inputs = self.inputs
-        streams, loads = self.network(inputs, self.packing)
-        losses, right = self.network.head.losses(streams, inputs.targets)
-        loss = (losses * inputs.weights).sum() / inputs.weights.sum()
-        loss.backward()
+        loss, losses, right, loads = self._gradients(fitting)
         norm = self.optimizer.step()
+        if self.indexers is not None:
+            self.indexers.step()
         with torch.no_grad():
             asked = inputs.kinds > 0
             answer_loss = (losses * asked).sum() / asked.sum().clamp(min=1)
             busiest = torch.stack(loads).max() * self.network.spec.num_experts
             self._balance(loads)
             one = torch.ones_like(norm)
-            self._sums += torch.stack((loss.detach(), answer_loss, norm, busiest, one))
+            self._sums += torch.stack((loss, answer_loss, norm, busiest, one))
             counted = torch.stack((right.float(), torch.ones_like(losses)), dim=1)
             self._answers.index_add_(0, inputs.kinds * inputs.decisive, counted)
+
+    def _gradients(self, fitting: Fitting | None) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Forward and backward: the loss, that of each token, which are right, the experts' loads.
+
+        The language model's loss reaches no indexer, since a choice has no gradient, and the indexers' loss
+        nothing else, since their inputs are detached: one backward pass serves both.
+        """
+        inputs = self.inputs
+        streams, loads = self.network(inputs, self.packing, sparse=self.indexers is not None, watch=fitting)
+        losses, right = self.network.head.losses(streams, inputs.targets)
+        loss = (losses * inputs.weights).sum() / inputs.weights.sum()
+        (loss if fitting is None else loss + fitting.loss()).backward()
+        return loss.detach(), losses.detach(), right, loads
 
     def _balance(self, loads: list[Tensor]) -> None:
         """Move each expert's selection bias against its load, as the release was trained (no loss term)."""

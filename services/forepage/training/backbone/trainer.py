@@ -1,7 +1,7 @@
 """The curriculum: stages in turn, each for its share of the time, from wherever the checkpoint stands."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from forepage.training.backbone.evaluation import free_memory
 from forepage.training.backbone.initial import initialise
 from forepage.training.backbone.journal import Journal
 from forepage.training.backbone.network import Backbone
-from forepage.training.backbone.official import official_weights, start_from
+from forepage.training.backbone.official import official_weights, restore, start_from
 from forepage.training.backbone.optimizer import INDEXER, Optimizer, rate_factor
 from forepage.training.backbone.step import Reading, TrainingStep
+from forepage.training.results import peak_gpu_bytes
 
 READ_EVERY_S = 4.0
 SAVE_EVERY_S = 120.0
@@ -58,7 +59,7 @@ class Trainer:
             parameter.requires_grad_(INDEXER not in name)
         if device.type == "cuda":
             self.network.compile_layers()
-        self._steps_here = 0
+        self.steps_here = 0  # taken in this call
 
     def train(
         self, stream: BatchStream, journal: Journal, budget: Budget, clock: Clock = time.monotonic
@@ -88,9 +89,7 @@ class Trainer:
         checkpoint.save(self.folder, self.progress, masters, self.optimizer.state(), moments=moments)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        with torch.no_grad():
-            for name, master in official_weights(self.network).items():
-                master.copy_(found.masters[name])
+        restore(self.network, found.masters)
         self.optimizer.load_state(found.optimizer)
         self.progress = found.progress
         self.resumed = True
@@ -116,13 +115,13 @@ class Trainer:
             at_begin = self.progress
             while not self._finished(stage):
                 now = clock()
-                if now >= budget.deadline or self._steps_here == budget.max_steps:
+                if now >= budget.deadline or self.steps_here == budget.max_steps:
                     self._read(step, stage, journal, now - read)
                     return False
                 feeder.feed(next(batches))
                 self.optimizer.set_rates(self._factor())
                 step.run()
-                self._steps_here += 1
+                self.steps_here += 1
                 self._count(stage, at_begin, clock() - began)
                 if now - read >= READ_EVERY_S:
                     self._read(step, stage, journal, now - read)
@@ -161,7 +160,7 @@ class Trainer:
         else:
             done = self.progress.seconds / (self.config.minutes * 60)
         anew = self.resumed and self.config.moments == "none"
-        since = self._steps_here if anew else self.progress.total_steps
+        since = self.steps_here if anew else self.progress.total_steps
         return rate_factor(self.config.optimizer, step=since, progress=min(done, 1.0))
 
     def _count(self, stage: StageConfig, at_begin: Progress, elapsed: float) -> None:
@@ -176,19 +175,29 @@ class Trainer:
         )
 
     def _read(self, step: TrainingStep, stage: StageConfig, journal: Journal, seconds: float) -> None:
-        reading: Reading = step.read()
-        if not reading.steps:
-            return
-        rate = reading.steps * stage.tokens / max(seconds, 1e-9)
-        row = {**asdict(self.progress), "name": stage.name, "tokens_per_s": rate, **asdict(reading)}
-        kinds = " ".join(
-            f"{name.removeprefix('ruler_')} {value:.2f}" for name, value in reading.accuracy.items()
-        )
-        text = (
-            f"{self.progress.seconds:6.0f}s {stage.name} step {self.progress.step} loss {reading.loss:.3f} "
-            f"answers {reading.answer_loss:.3f} norm {reading.gradient_norm:.2f} "
-            f"busiest {reading.imbalance:.2f} "
-            f"{rate / 1e6:.2f} Mtok/s | {kinds}"
-        )
-        journal.write(row, text)
-        journal.advance(self.progress.seconds, stage.name)
+        note_reading(journal, self.progress, stage, step.read(), seconds)
+
+
+def note_reading(
+    journal: Journal,
+    progress: Progress,
+    stage: StageConfig,
+    reading: Reading,
+    seconds: float,
+    more: Mapping[str, object] | None = None,
+) -> None:
+    """Write down what was counted in so many seconds, unless there was no step; `more` is added to it."""
+    if not reading.steps:
+        return
+    rate = reading.steps * stage.tokens / max(seconds, 1e-9)
+    row = {**asdict(progress), "name": stage.name, "tokens_per_s": rate, **asdict(reading)}
+    kinds = " ".join(f"{name.removeprefix('ruler_')} {value:.2f}" for name, value in reading.accuracy.items())
+    text = (
+        f"{progress.seconds:6.0f}s {stage.name} step {progress.step} loss {reading.loss:.3f} "
+        f"answers {reading.answer_loss:.3f} norm {reading.gradient_norm:.2f} "
+        f"busiest {reading.imbalance:.2f} "
+        f"{rate / 1e6:.2f} Mtok/s | {kinds}"
+    )
+    shown = "".join(f" {name} {value}" for name, value in (more or {}).items() if name != "phase")
+    journal.write({**row, "peak_gpu_bytes": peak_gpu_bytes(), **(more or {})}, text + shown)
+    journal.advance(progress.seconds, stage.name)
