@@ -15,7 +15,7 @@ from forepage.index.key_store import MappedKeys
 from forepage.index.scorer import BlockScorer, BlockScores, Scorer
 from forepage.index.server import run
 from forepage.rpc.edge import run_until_signal
-from forepage.settings import load_settings
+from forepage.settings_environment import load_settings
 from loadtest.throughput.trace import Trace
 
 WANTED = 0.99

@@ -17,7 +17,8 @@ from forepage.console.cli import register as register_console
 from forepage.errors import ForepageError, IntegrityError
 from forepage.launch.health import Role, role_is_ready
 from forepage.release import release_version
-from forepage.settings import Settings, SettingsError, load_settings
+from forepage.settings import Settings
+from forepage.settings_environment import SettingsError, load_settings
 from forepage.settings_report import resolved_table, settings_markdown
 from forepage.training.cli import app as train_app
 

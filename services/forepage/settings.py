@@ -1,14 +1,10 @@
 """The one typed settings tree: a frozen section a process, read from FOREPAGE_<SECTION>__<FIELD>.
 
-A process gets its own section, never the tree. Names that start with FOREPAGE_ and mean nothing stop
-the start: a misspelt setting must not be a default. OTEL_* variables belong to the OpenTelemetry SDK.
+A process gets its own section, never the tree. settings_environment.py reads it. OTEL_* variables belong to the
+OpenTelemetry SDK.
 """
 
-import json
-import os
 import socket
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
@@ -19,12 +15,10 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from pydantic_settings import SettingsError as UnreadableSetting
 
 ENV_PREFIX = "FOREPAGE_"
 REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -85,7 +79,7 @@ class WeightDtype(StrEnum):
         return WeightDtype.FP32 if device == "cpu" else WeightDtype.BF16
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -93,7 +87,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """Which model, and how its KV is stored."""
 
     path: Path = Field(TINY_MODEL, description="folder with config.json and tokenizer.json")
@@ -116,7 +110,7 @@ class ModelSettings(_Section):
     )
 
 
-class GatewaySettings(_Section):
+class GatewaySettings(Section):
     """The HTTP edge."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -159,7 +153,7 @@ class GatewaySettings(_Section):
         return self
 
 
-class IndexSettings(_Section):
+class IndexSettings(Section):
     """The lookahead index."""
 
     listen: str = Field("127.0.0.1:7101", description="gRPC address")
@@ -177,7 +171,7 @@ class IndexSettings(_Section):
     drain_timeout_s: Seconds = Field(5.0, description="on SIGTERM: how long open questions may take")
 
 
-class ColdpoolSettings(_Section):
+class ColdpoolSettings(Section):
     """The cold pool manager of one host."""
 
     listen: str = Field("127.0.0.1:7102", description="gRPC address")
@@ -195,7 +189,7 @@ class ColdpoolSettings(_Section):
     drain_timeout_s: Seconds = Field(5.0, description="on SIGTERM: how long calls may take")
 
 
-class WorkerSettings(_Section):
+class WorkerSettings(Section):
     """One decode worker: a GPU, several that share the model, or the CPU."""
 
     listen: str = Field("127.0.0.1:7103", description="gRPC address")
@@ -288,7 +282,7 @@ class WorkerSettings(_Section):
         return value.replace("{hostname}", socket.gethostname()) if isinstance(value, str) else value
 
 
-class TlsSettings(_Section):
+class TlsSettings(Section):
     """Mutual TLS between our processes, and with Redis where its URL is `rediss://`."""
 
     cert: Path | None = Field(None, description="this process's certificate chain, PEM; none: plain gRPC")
@@ -306,7 +300,7 @@ class TlsSettings(_Section):
         return self
 
 
-class TelemetrySettings(_Section):
+class TelemetrySettings(Section):
     """Logs and traces; exporters over the network are chosen by the SDK's own OTEL_* variables."""
 
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="least level logged")
@@ -359,49 +353,3 @@ class Settings(BaseSettings):
                 "in a password write / as %2F, : as %3A, @ as %40, # as %23 and ? as %3F"
             )
         return url
-
-
-class SettingsError(Exception):
-    """The environment does not make a valid tree; the text names each wrong variable."""
-
-
-def _meant(name: str, known: Iterable[str]) -> str:
-    """The known name that is nearest, if one is near."""
-    near = get_close_matches(name.upper(), known, n=1, cutoff=0.85)
-    return f" (meant: {near[0]}?)" if near else ""
-
-
-def load_settings() -> Settings:
-    """Read the tree from the environment. Raises: SettingsError naming what is unknown or out of range."""
-    known = {name for name, _, _ in setting_names()}
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
-    if unknown:
-        named = ", ".join(name + _meant(name, known) for name in unknown)
-        raise SettingsError(f"unknown settings: {named}; `forepage settings-table` lists the known ones")
-    try:
-        return Settings()
-    except ValidationError as error:
-        lines = [f"{_env_name(item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise SettingsError("; ".join(lines)) from error
-    except UnreadableSetting as error:  # a list or a section that is no JSON
-        raise SettingsError(f'{error}; lists are written as JSON: ["a", "b"]') from error
-
-
-def setting_names() -> Iterator[tuple[str, str, str]]:
-    """Every leaf of the tree: (environment name, default as one would set it, what it is)."""
-    defaults = Settings.model_construct()
-    for name, field in Settings.model_fields.items():
-        section = getattr(defaults, name)
-        if isinstance(section, _Section):
-            for leaf, info in type(section).model_fields.items():
-                yield _env_name((name, leaf)), _written(getattr(section, leaf)), info.description or ""
-        else:
-            yield _env_name((name,)), _written(section), field.description or ""
-
-
-def _written(value: object) -> str:
-    return json.dumps(value) if isinstance(value, tuple) else str(value)
-
-
-def _env_name(location: tuple[int | str, ...]) -> str:
-    return ENV_PREFIX + "__".join(str(part) for part in location if not isinstance(part, int)).upper()

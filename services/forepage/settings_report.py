@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from forepage.settings import ENV_PREFIX, TINY_MODEL, Settings, setting_names
+from forepage.settings import ENV_PREFIX, TINY_MODEL, Settings
+from forepage.settings_environment import setting_names
 
 SHOWN_BUNDLED_MODEL = "the bundled `tiny` model"
 _HEAD = """\

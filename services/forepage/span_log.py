@@ -18,7 +18,8 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import StatusCode
 
-from forepage.settings import SettingsError, TelemetrySettings
+from forepage.settings import TelemetrySettings
+from forepage.settings_environment import SettingsError
 
 FLUSH_MS = 500
 """A span is on disk that soon after its end."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from forepage.settings import TelemetrySettings, WorkerSettings, setting_names
+from forepage.settings import TelemetrySettings, WorkerSettings
+from forepage.settings_environment import setting_names
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ("docker/compose.gpu.yaml", "docker/compose.observability.yaml")

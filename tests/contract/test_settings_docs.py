@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from forepage.settings import Settings, SettingsError, load_settings, setting_names
+from forepage.settings import Settings
+from forepage.settings_environment import SettingsError, load_settings, setting_names
 from forepage.settings_report import resolved_table, settings_markdown
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ SOURCES = sorted(
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 RUNS_TEXT = {"eval", "exec"}
 READS_ENVIRONMENT = {
-    "services/forepage/settings.py",
+    "services/forepage/settings_environment.py",
     "services/forepage/telemetry.py",  # OTEL_*, which are the SDK's
     "services/forepage/model/rank_group.py",  # gloo's own
     "services/forepage/launch/wiring.py",  # handed to children whole

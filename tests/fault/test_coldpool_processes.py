@@ -34,7 +34,7 @@ PAYLOAD_BYTES = 1000
 MANAGER = """
 from forepage.coldpool.server import run
 from forepage.rpc.edge import run_until_signal
-from forepage.settings import load_settings
+from forepage.settings_environment import load_settings
 run_until_signal(lambda stop: run(load_settings(), stop))
 """
 

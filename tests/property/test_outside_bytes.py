@@ -26,7 +26,8 @@ from forepage.kv.geometry import KvFormat, KvGeometry
 from forepage.model.memory_indexer import read_indexer_config
 from forepage.model.spec import ModelSpec, read_config
 from forepage.rpc import index_pb2, worker_pb2
-from forepage.settings import SEEDED_MODEL, SettingsError, WorkerSettings
+from forepage.settings import SEEDED_MODEL, WorkerSettings
+from forepage.settings_environment import SettingsError
 from forepage.span_log import StoredSpan, read_spans
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording

@@ -12,7 +12,8 @@ import pytest
 from forepage.errors import DependencyError, ModelFormatError
 from forepage.gateway.app import run
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import GatewaySettings, ModelSettings, Settings, SettingsError
+from forepage.settings import GatewaySettings, ModelSettings, Settings
+from forepage.settings_environment import SettingsError
 from rigs.fake_worker import StartWorker, endless, finished, started, tokens
 from rigs.gateways import DEADLINE_S, ServeGateway, chat, until
 

@@ -13,7 +13,7 @@ from forepage.__main__ import app
 from forepage.gateway.api_keys import KEY_PREFIX, new_key, read_keys
 from forepage.gateway.residency_feed import live_worker
 from forepage.rpc import worker_pb2 as pb
-from forepage.settings import SettingsError
+from forepage.settings_environment import SettingsError
 from rigs.fake_worker import StartWorker, answer
 from rigs.gateways import OpenGateway, bearer, chat, key_file, until
 

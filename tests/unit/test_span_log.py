@@ -8,7 +8,8 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from forepage.errors import DependencyError
-from forepage.settings import SettingsError, TelemetrySettings
+from forepage.settings import TelemetrySettings
+from forepage.settings_environment import SettingsError
 from forepage.span_log import SpanLog, StoredSpan, read_spans, span_log_processors
 from forepage.telemetry import Attr, SpanName, open_telemetry
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from forepage.redis_client import open_redis
 from forepage.rpc.edge import is_serving, serving
 from forepage.rpc.tls import MutualTls
-from forepage.settings import GatewaySettings, SettingsError, TlsSettings
+from forepage.settings import GatewaySettings, TlsSettings
+from forepage.settings_environment import SettingsError
 from rigs.tls import Authority, tls_door
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from forepage.errors import ForepageError, RequestError
-from forepage.settings import Settings, SettingsError, load_settings
+from forepage.settings import Settings
+from forepage.settings_environment import SettingsError, load_settings
 
 BAD_SETTINGS = 2
 FAILED = 1

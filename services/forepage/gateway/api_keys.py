@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from forepage.errors import AuthenticationError, RateLimitError
 from forepage.gateway.request_scope import request_scope
-from forepage.settings import SettingsError
+from forepage.settings_environment import SettingsError
 
 KEY_PREFIX = "fp-"
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics"})

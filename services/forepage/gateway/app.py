@@ -38,7 +38,8 @@ from forepage.logs import open_logs
 from forepage.redis_client import open_redis
 from forepage.release import release_version
 from forepage.rpc.tls import MutualTls, check_pair
-from forepage.settings import GatewaySettings, Settings, SettingsError
+from forepage.settings import GatewaySettings, Settings
+from forepage.settings_environment import SettingsError
 from forepage.span_log import span_log_processors
 from forepage.telemetry import Telemetry, open_telemetry
 from forepage.text.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from forepage.settings import GatewaySettings, Settings, SettingsError
+from forepage.settings import GatewaySettings, Settings
+from forepage.settings_environment import SettingsError
 
 READY_PATH = "/health/ready"
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]", "::": "::1"}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc
 
-from forepage.settings import SettingsError, TlsSettings
+from forepage.settings import TlsSettings
+from forepage.settings_environment import SettingsError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from forepage.model.spec import ModelSpec, read_config
 from forepage.model.stored_form import is_quantised
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
-from forepage.settings import ModelSettings, Settings, SettingsError, WorkerSettings
+from forepage.settings import ModelSettings, Settings, WorkerSettings
+from forepage.settings_environment import SettingsError
 from forepage.telemetry import Telemetry
 from forepage.worker.constraint import GrammarTokenizer
 from forepage.worker.copy_engine import CopyEngine
