@@ -211,8 +211,14 @@ class SparseTraining:
 
     def _read(self, step: TrainingStep, fitting: Fitting | None, journal: Journal, seconds: float) -> None:
         figures = {} if fitting is None else fitting.figures()
-        more = {"phase": "sparse", **figures}
-        note_reading(journal, self.progress, self.stage, step.read(), seconds, more)
+        note_reading(
+            journal,
+            self.progress,
+            stage=self.stage,
+            reading=step.read(),
+            seconds=seconds,
+            more={"phase": "sparse", **figures},
+        )
 
 
 def _at_rate(config: OptimizerConfig, factor: float) -> OptimizerConfig:

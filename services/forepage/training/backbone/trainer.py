@@ -175,12 +175,13 @@ class Trainer:
         )
 
     def _read(self, step: TrainingStep, stage: StageConfig, journal: Journal, seconds: float) -> None:
-        note_reading(journal, self.progress, stage, step.read(), seconds)
+        note_reading(journal, self.progress, stage=stage, reading=step.read(), seconds=seconds)
 
 
 def note_reading(
     journal: Journal,
     progress: Progress,
+    *,
     stage: StageConfig,
     reading: Reading,
     seconds: float,
