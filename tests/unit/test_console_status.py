@@ -59,6 +59,7 @@ async def test_a_worker_is_described_with_its_sequences(start_worker: StartWorke
     [seen] = found.workers
     assert seen.described is not None
     assert (seen.described.model_name, list(seen.sequences)) == (MODEL, [SEQUENCE])
+    assert found.models == (MODEL,), "though no gateway tells"
     states = {process.role: process.ready for process in found.processes}
     assert states == {Role.GATEWAY: False, Role.INDEX: False, Role.COLDPOOL: False, Role.WORKER: True}
     assert not found.all_ready

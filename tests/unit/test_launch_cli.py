@@ -1,6 +1,7 @@
 """The `forepage` command: exit codes, one-line errors, masked secrets."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from forepage import __main__ as cli
 from forepage.errors import DependencyError, IntegrityError
 from forepage.launch.up import announcement
 from forepage.release import release_version
-from forepage.settings import Settings
+from forepage.settings import GatewaySettings, Settings
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -77,8 +78,15 @@ def test_what_runs_says_how_this_shell_reaches_the_command(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["env/bin/forepage", "up"])
     monkeypatch.setattr("shutil.which", lambda _name: on_path)
-    text = announcement(Settings(), model="m")
+    text = announcement(Settings())
     assert f"in another terminal: `{said} status`, `{said} trace`" in text
+
+
+def test_the_question_to_try_names_the_model_that_is_served_also_with_keys(tmp_path: Path) -> None:
+    settings = Settings(gateway=GatewaySettings(api_keys=tmp_path / "keys.jsonl"))
+    text = announcement(settings)
+    assert '"model": "forepage-tiny"' in text
+    assert "authorization: Bearer $KEY" in text
 
 
 @pytest.mark.parametrize("command", ["check", "worker", "up"])

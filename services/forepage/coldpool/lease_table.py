@@ -61,13 +61,15 @@ class LeaseTable:
         """Raises: RequestError (param UNKNOWN_HOLDER) unless the holder was added."""
         self._leases_of(holder)
 
-    def drop_holder(self, holder: HolderId) -> None:
-        """A holder is gone: its leases end, what it was writing is freed."""
+    def drop_holder(self, holder: HolderId) -> int:
+        """A holder is gone: its leases end, what it was writing is freed; answers how many slots it held."""
         self._moved.pop(holder, None)
+        held = self._leases.pop(holder, Counter())
         # Newest first, so that the LRU gives up the far end of a prefix before its beginning.
-        for arena_id, count in reversed(list(self._leases.pop(holder, Counter()).items())):
+        for arena_id, count in reversed(list(held.items())):
             self._slots.add_leases(arena_id, -count)
         self._end_doubt_of(holder)
+        return sum(count > 0 for count in held.values())
 
     @contextmanager
     def stage(self) -> Iterator[HolderId]:

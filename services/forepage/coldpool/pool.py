@@ -77,10 +77,11 @@ class ColdPool:
         """Know a holder."""
         self.table.add_holder(holder)
 
-    def drop_holder(self, holder: HolderId) -> None:
-        """A holder is gone: release what it leased, free what it was writing."""
-        self.table.drop_holder(holder)
+    def drop_holder(self, holder: HolderId) -> int:
+        """A holder is gone: release what it leased, free what it was writing; answers how many slots."""
+        num_held = self.table.drop_holder(holder)
         self._mirror()
+        return num_held
 
     def announce(self, holder: HolderId, refs: Sequence[SlotRef]) -> list[SlotRef]:
         """Set a holder's leases; answers those that don't hold."""

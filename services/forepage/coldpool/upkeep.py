@@ -22,8 +22,9 @@ async def reap_holders(pool: ColdPool, holders: HolderRegistry, *, interval_s: f
     checked, seen = -1, -1
     while True:
         for holder in holders.reap_gone():
-            pool.drop_holder(holder)
-            _log.warning("holder_gone", holder=holder)
+            num_slots = pool.drop_holder(holder)
+            say = _log.warning if num_slots else _log.info  # one that was stopped gave everything back
+            say("holder_gone", holder=holder, num_slots=num_slots)
         if pool.num_changes == seen != checked:  # idle for one interval, and not checked since
             pool.table.check_integrity()
             checked = seen

@@ -5,7 +5,7 @@ Nothing is started or changed. Who does not answer within the timeout is down, a
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -93,7 +93,7 @@ async def read_status(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> St
     return Status(
         instance=settings.instance,
         version=version,
-        models=models,
+        models=models or _models_of(workers),
         card=card,
         processes=(
             gateway_status,
@@ -106,6 +106,11 @@ async def read_status(settings: Settings, *, timeout_s: float = TIMEOUT_S) -> St
         arena=arena,
         arena_bytes=_arena_bytes(settings),
     )
+
+
+def _models_of(workers: Iterable[WorkerStatus]) -> tuple[str, ...]:
+    """As the workers say: a gateway with API keys does not tell without one."""
+    return tuple(dict.fromkeys(one.described.model_name for one in workers if one.described is not None))
 
 
 def _placed_as(settings: Settings, card: RunCard) -> Settings:

@@ -62,12 +62,6 @@ def dialable(listen: str) -> str:
     return f"{_LOOPBACK.get(host, host)}:{port}"
 
 
-async def served_models(settings: Settings, *, timeout_s: float) -> list[str]:
-    """Names of the models that the gateway serves; none if it does not say."""
-    body = await http_json(settings, "/v1/models", timeout_s=timeout_s)
-    return [card["id"] for card in body["data"]] if body else []
-
-
 async def http_json(settings: Settings, path: str, *, timeout_s: float) -> dict[str, Any] | None:
     """What the gateway answers there; None if it does not answer 200."""
     body = await _http_get(settings, path, timeout_s=timeout_s)

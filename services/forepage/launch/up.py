@@ -17,12 +17,11 @@ from pathlib import Path
 
 from forepage.launch.child import Child, ChildSpec, Patience
 from forepage.launch.child_log import follow_warnings
-from forepage.launch.health import dialable, gateway_url, listen_of, served_models
+from forepage.launch.health import dialable, gateway_url, listen_of
 from forepage.launch.instance import LaunchError, instance_lock, remove_leftovers
 from forepage.launch.run_card import RunCard
 from forepage.launch.terminal import Terminal
 from forepage.launch.wiring import (
-    PROBE_TIMEOUT_S,
     START_ORDER,
     check_ports,
     check_room,
@@ -30,6 +29,7 @@ from forepage.launch.wiring import (
     placed,
     span_dir,
 )
+from forepage.model.spec import read_config, served_name
 from forepage.settings import Settings
 
 PATIENCE = Patience()
@@ -128,16 +128,16 @@ async def _announce(children: Sequence[Child], settings: Settings, terminal: Ter
             show("waiting for " + ", ".join(child.spec.name for child in waiting))
             await waiting[0].ready.wait()
             waiting = [child for child in waiting if not child.ready.is_set()]
-    models = await served_models(settings, timeout_s=PROBE_TIMEOUT_S)
-    terminal.tell(announcement(settings, model=models[0] if models else settings.model.path.name))
+    terminal.tell(announcement(settings))
 
 
-def announcement(settings: Settings, *, model: str) -> str:
-    """What to do with the running system."""
+def announcement(settings: Settings) -> str:
+    """What to do with the running system. Its model is named from the folder: not every gateway tells."""
+    path = settings.model.path
     url = gateway_url(settings)
     body = json.dumps(
         {
-            "model": model,
+            "model": served_name(path, read_config(path)),
             "max_tokens": 48,
             "temperature": 0,
             "messages": [{"role": "user", "content": QUESTION}],

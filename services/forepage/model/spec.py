@@ -128,6 +128,11 @@ MEMORY_INDEXER_CONFIG = "memory_indexer.json"
 """Beside config.json: what the memory indexer is (`memory_indexer`)."""
 
 
+def served_name(folder: Path, config: Mapping[str, object]) -> str:
+    """What clients call the model of this folder."""
+    return str(config.get("forepage_name") or folder.name)
+
+
 def read_config(folder: Path) -> dict[str, object]:
     """Parse `folder`/config.json. Raises: ModelFormatError when absent or not a JSON object."""
     path = folder / "config.json"

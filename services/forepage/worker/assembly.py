@@ -12,7 +12,7 @@ from forepage.model.fingerprint import model_fingerprint
 from forepage.model.held_form import HeldForm
 from forepage.model.memory_indexer import read_indexer_config
 from forepage.model.rank_group import RankGroup
-from forepage.model.spec import ModelSpec, read_config
+from forepage.model.spec import ModelSpec, read_config, served_name
 from forepage.model.stored_form import is_quantised
 from forepage.model.transformer import Transformer
 from forepage.model.weights import load_or_seed
@@ -59,7 +59,7 @@ class ModelFolder:
         eos = config.get("eos_token_id")
         return cls(
             settings=settings,
-            name=str(config.get("forepage_name") or settings.path.name),
+            name=served_name(settings.path, config),
             eos=eos if isinstance(eos, int) else DEFAULT_EOS,
             spec=ModelSpec.from_config(config),
             geometry=geometry,
