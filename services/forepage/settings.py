@@ -1,7 +1,7 @@
 """The one typed settings tree: a frozen section a process, read from FOREPAGE_<SECTION>__<FIELD>.
 
-A process gets its own section, never the tree. settings_environment.py reads it. OTEL_* variables belong to the
-OpenTelemetry SDK.
+A process gets its own section, never the tree. settings_environment.py reads it. OTEL_* variables belong to
+the OpenTelemetry SDK.
 """
 
 import socket
