@@ -70,6 +70,7 @@ def draw(path: Path, checked: Sequence[Checked]) -> None:
 
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     axes.plot([0, 1], [0, 1], color="0.8", zorder=0)
+    least = 1.0
     for arm in dict.fromkeys(one.arm for one in checked):
         points = [
             (one.reported_recall, one.evidence_recall)
@@ -78,8 +79,10 @@ def draw(path: Path, checked: Sequence[Checked]) -> None:
         ]
         if points:
             across, up = zip(*points, strict=True)
+            least = min(least, *across, *up)
             axes.scatter(across, up, s=18, alpha=0.6, label=f"{arm} ({len(points)})")
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    limits = (least - 0.05, 1.0 + 0.1 * (1.05 - least))
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.set_xlabel("evidence recall that the answer estimated, from audits")
     axes.set_ylabel("evidence recall by brute force (all steps, all layers)")
     if axes.collections:
