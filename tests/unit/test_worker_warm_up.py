@@ -24,8 +24,8 @@ def geometry() -> KvGeometry:
         return rig.parts.geometry
 
 
-def shapes(geometry: KvGeometry, **changes: Any) -> list[StepShape]:
-    return warm_shapes(WorkerSettings(**changes), geometry)
+def shapes(geometry: KvGeometry, *, c128_blocks: int = 1 << 20, **changes: Any) -> list[StepShape]:
+    return warm_shapes(WorkerSettings(**changes), geometry, c128_blocks=c128_blocks)
 
 
 def test_shapes_are_every_batch_size_at_the_contexts_named(geometry: KvGeometry) -> None:
@@ -40,6 +40,14 @@ def test_contexts_beyond_the_longest_and_of_one_width_are_one_shape(geometry: Kv
     found = shapes(geometry, max_running=1, max_context_tokens=100_000)
     assert {shape.blocks for shape in found} == {-(-100_000 // geometry.block_tokens)}
     assert len(found) == 4
+
+
+def test_batches_that_the_c128_pool_can_not_hold_are_left_out(geometry: KvGeometry) -> None:
+    found = shapes(geometry, max_running=8, c128_blocks=600, warm_up_tokens=[65_536, 262_144])
+    assert {(shape.rows, shape.blocks) for shape in found} == {(1, 256), (2, 256), (4, 256), (1, 1024)}
+    assert (1, 4096) in {(one.rows, one.blocks) for one in shapes(geometry, c128_blocks=8)}, (
+        "one may be longest"
+    )
 
 
 def test_no_more_shapes_than_graphs_are_kept(geometry: KvGeometry) -> None:

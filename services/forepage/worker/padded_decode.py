@@ -167,9 +167,14 @@ class PaddedDecode:
         )
 
     def capture(self, shape: StepShape) -> None:
-        """Compile and capture that shape, unless it is."""
-        if self._graphs is not None and self._graphs.find(shape) is None:
-            self._capture(self._graphs, shape)
+        """Compile and capture that shape in advance, unless it is; without memory for it, it isn't."""
+        if self._graphs is None or self._graphs.find(shape) is not None:
+            return
+        self._set_inputs((), shape)
+        try:
+            self._graphs.capture(shape)
+        except torch.OutOfMemoryError as error:
+            _log.warning("no memory to capture a decode shape in advance", shape=shape, error=str(error))
 
     def _run(self, rows: Seq[DecodeRow], shape: StepShape) -> StepTensors:
         graph = None

@@ -35,10 +35,11 @@ _GREEDY, _DRAWN = Sampling(0.0, 1.0, 0, 0.0, 0), Sampling(1.0, 0.9, 50, 0.05, 0)
 _log = structlog.get_logger("forepage.worker.warm_up")
 
 
-def warm_shapes(settings: WorkerSettings, geometry: KvGeometry) -> list[StepShape]:
+def warm_shapes(settings: WorkerSettings, geometry: KvGeometry, *, c128_blocks: int) -> list[StepShape]:
     """The decode shapes of every batch size at the settings' contexts, those that pull last.
 
-    At most as many as are kept beside the made-up text's.
+    At most as many as are kept beside the made-up text's. Left out are batches that can't come, if their
+    sequences are about equally long: more than half of a table is needed, and c128 rows are never paged.
     """
     most = geometry.num_blocks(settings.max_context_tokens)
     contexts = (min(tokens, settings.max_context_tokens) for tokens in settings.warm_up_tokens)
@@ -49,6 +50,7 @@ def warm_shapes(settings: WorkerSettings, geometry: KvGeometry) -> list[StepShap
         for pulls in (False, True)
         for rows in sizes
         for blocks in widths
+        if rows == 1 or rows * (blocks // 2) <= c128_blocks
         for draws in (False, True)
     ]
     return shapes[: max(0, settings.decode_graphs - TEXT_STEPS)]
@@ -79,7 +81,9 @@ class WarmUp:
         """What this worker's device and settings ask for; None if there is nothing to compile."""
         if parts.device.kind.type != "cuda" or not parts.settings.warm_up_tokens:
             return None
-        return cls(parts, warm_shapes(parts.settings, parts.geometry) if parts.device.has_graphs else [])
+        if not parts.device.has_graphs:
+            return cls(parts, [])
+        return cls(parts, warm_shapes(parts.settings, parts.geometry, c128_blocks=parts.blocks.c128.total))
 
     def begin(self, is_stopping: Callable[[], bool]) -> None:
         """What needs no arena: the shapes that don't pull."""
