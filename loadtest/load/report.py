@@ -77,7 +77,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """A head and a table."""
     lines = [
         f"# {result['what']}: {result['config']['shape']}\n",
-        f"`{result['command']}`, {result['date']}, {result['device']}.\n",
+        f"`{result['command']}`, {result['date']}, {result['device'] or 'device not named (--device)'}.\n",
         "| " + " | ".join(name for name, _ in COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
         *("| " + " | ".join(_cell(row, *column) for column in COLUMNS) + " |" for row in result["rows"]),

@@ -57,38 +57,6 @@ def test_a_password_that_breaks_its_url_is_not_quoted(
     assert "hush" not in output
 
 
-def test_a_misspelt_setting_is_told_which_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FOREPAGE_WORKER__BUDGET_BLOKS", "1")
-    monkeypatch.setenv("FOREPAGE_SOMETHING", "1")
-    _, output = run("check")
-    assert "FOREPAGE_WORKER__BUDGET_BLOKS (meant: FOREPAGE_WORKER__BUDGET_BLOCKS?)" in output
-    assert "FOREPAGE_SOMETHING, " in output, "nothing is near"
-    code, table = run("settings-table")  # as it says there: whatever is set
-    assert code == 0
-    assert "BUDGET_BLOCKS" in table
-
-
-def test_it_says_which_version_it_is() -> None:
-    assert run("--version") == (0, f"forepage {release_version()}\n")
-
-
-@pytest.mark.parametrize(("on_path", "said"), [(None, "env/bin/forepage"), ("/usr/bin/forepage", "forepage")])
-def test_what_runs_says_how_this_shell_reaches_the_command(
-    monkeypatch: pytest.MonkeyPatch, on_path: str | None, said: str
-) -> None:
-    monkeypatch.setattr("sys.argv", ["env/bin/forepage", "up"])
-    monkeypatch.setattr("shutil.which", lambda _name: on_path)
-    text = announcement(Settings())
-    assert f"in another terminal: `{said} status`, `{said} trace`" in text
-
-
-def test_the_question_to_try_names_the_model_that_is_served_also_with_keys(tmp_path: Path) -> None:
-    settings = Settings(gateway=GatewaySettings(api_keys=tmp_path / "keys.jsonl"))
-    text = announcement(settings)
-    assert '"model": "forepage-tiny"' in text
-    assert "authorization: Bearer $KEY" in text
-
-
 @pytest.mark.parametrize("command", ["check", "worker", "up"])
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -146,3 +114,35 @@ def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(cli, "import_module", without_torch)
     assert run("worker") == (1, "forepage worker needs torch: pip install 'forepage[worker]'\n")
+
+
+def test_a_misspelt_setting_is_told_which_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREPAGE_WORKER__BUDGET_BLOKS", "1")
+    monkeypatch.setenv("FOREPAGE_SOMETHING", "1")
+    _, output = run("check")
+    assert "FOREPAGE_WORKER__BUDGET_BLOKS (meant: FOREPAGE_WORKER__BUDGET_BLOCKS?)" in output
+    assert "FOREPAGE_SOMETHING, " in output, "nothing is near"
+    code, table = run("settings-table")  # as it says there: whatever is set
+    assert code == 0
+    assert "BUDGET_BLOCKS" in table
+
+
+def test_it_says_which_version_it_is() -> None:
+    assert run("--version") == (0, f"forepage {release_version()}\n")
+
+
+@pytest.mark.parametrize(("on_path", "said"), [(None, "env/bin/forepage"), ("/usr/bin/forepage", "forepage")])
+def test_what_runs_says_how_this_shell_reaches_the_command(
+    monkeypatch: pytest.MonkeyPatch, on_path: str | None, said: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["env/bin/forepage", "up"])
+    monkeypatch.setattr("shutil.which", lambda _name: on_path)
+    text = announcement(Settings())
+    assert f"in another terminal: `{said} status`, `{said} trace`" in text
+
+
+def test_the_question_to_try_names_the_model_that_is_served_also_with_keys(tmp_path: Path) -> None:
+    settings = Settings(gateway=GatewaySettings(api_keys=tmp_path / "keys.jsonl"))
+    text = announcement(settings)
+    assert '"model": "forepage-tiny"' in text
+    assert "authorization: Bearer $KEY" in text

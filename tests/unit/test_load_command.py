@@ -100,6 +100,7 @@ def test_a_run_leaves_one_json_one_table_and_one_picture(server: Server, tmp_pat
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"load-ci.json", "load-ci.md", "load-ci.png"}
     assert (tmp_path / "load-ci.png").read_bytes().startswith(b"\x89PNG")
+    assert "device not named (--device)" in (tmp_path / "load-ci.md").read_text()
     result = json.loads((tmp_path / "load-ci.json").read_text())
     [row] = result["rows"]
     assert row["requests"] == row["answered"] == server.num_asked > 2
@@ -114,10 +115,12 @@ def test_a_run_leaves_one_json_one_table_and_one_picture(server: Server, tmp_pat
 
 def test_refusals_are_counted_and_asked_again(server: Server, tmp_path: Path) -> None:
     server.first_status = 429
-    done = load(server, tmp_path, "--plain", "--name", "busy")
+    done = load(server, tmp_path, "--plain", "--name", "busy", "--device", '{"gpu": "H100"}')
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "busy.json").read_text())
     assert result["rows"][0]["refused"] == 2
+    assert result["device"] == {"gpu": "H100"}
+    assert "H100" in (tmp_path / "busy.md").read_text()
     assert result["config"]["forepage"] is None
 
 
