@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from forepage import __main__ as cli
 from forepage.console import source_tree
-from forepage.console.source_tree import BENCHES, EVAL, Tool, run_tool
+from forepage.console.source_tree import BENCHES, EVAL, SHADOW, Tool, run_tool
 from forepage.errors import RequestError
 
 TOOL = "import sys; print(*sys.argv[1:], sep='|', file=open(sys.argv[1], 'w')); sys.exit(5)"
@@ -21,7 +21,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source tree whose tools write their arguments into the file that the first one names."""
-    for tool in (EVAL, *BENCHES.values()):
+    for tool in (EVAL, SHADOW, *BENCHES.values()):
         place = tmp_path / tool.folder / tool.module.replace(".", "/")
         place.mkdir(parents=True, exist_ok=True)
         (place.parent / "__init__.py").touch()
@@ -35,7 +35,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [("eval",), ("bench", "load"), ("bench", "kernels")])
+@pytest.mark.parametrize("command", [("eval",), ("eval", "shadow"), ("bench", "load"), ("bench", "kernels")])
 def test_arguments_and_exit_code_are_the_tools(tree: Path, command: tuple[str, ...]) -> None:
     said = tree / "said"
     code, _ = run(*command, str(said), "run", "--shape", "ci", "--help")
@@ -68,6 +68,6 @@ def test_without_a_source_tree_it_says_what_is_needed(tmp_path: Path) -> None:
 
 
 def test_every_tool_of_the_help_is_there() -> None:
-    for tool in (EVAL, *BENCHES.values()):
+    for tool in (EVAL, SHADOW, *BENCHES.values()):
         place = source_tree.ROOT / tool.folder / tool.module.replace(".", "/")
         assert (place / "__main__.py").exists() or place.with_suffix(".py").exists(), tool

@@ -108,18 +108,23 @@ def trace(
 def evaluate(context: typer.Context) -> None:
     """Accuracy, evidence recall and footprint of a running server, suite by suite, in every mode.
 
-    Runs `python -m loadtest.quality` of the source tree; arguments go on to it.
+    Runs `python -m loadtest.quality` of the source tree, or loadtest.shadow; arguments go on to it.
 
     \b
     forepage eval suites                       what is asked
     forepage eval run --length 8192 --questions 20 --out a.jsonl
     forepage eval report a.jsonl --out folder  table, picture, JSON
     forepage eval run --help                   every option
+    forepage eval shadow --length 16384 --out folder
+                                               was what answers said of their evidence true?
     """
-    from forepage.console.source_tree import EVAL, run_tool
+    from forepage.console.source_tree import EVAL, SHADOW, run_tool
 
     if context.args[:1] == ["--help"]:
         typer.echo(context.get_help())
+        return
+    if context.args[:1] == ["shadow"]:
+        _run("eval", lambda: run_tool(SHADOW, context.args[1:] or ["--help"]))
         return
     _run("eval", lambda: run_tool(EVAL, context.args or ["--help"]))
 

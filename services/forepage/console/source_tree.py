@@ -26,6 +26,12 @@ class Tool:
 
 
 EVAL = Tool("loadtest.quality", ".", "accuracy, evidence recall and footprint, suite by suite, over HTTP")
+SHADOW = Tool(
+    "loadtest.shadow",
+    ".",
+    "what answers said of their evidence, checked by a second pass",
+    needs=("httpx", "matplotlib"),
+)
 BENCHES = {
     "kernels": Tool("bench", "kernels", "every kernel against this GPU's own limits"),
     "decode": Tool("loadtest.decode", ".", "step times of decode on a GPU"),
