@@ -208,7 +208,6 @@ async function follow() {
         if (at("notice").dataset.of === "feed") hideFeedNotice();
         render();
       }
-      lookBack();
       setStatus("wait", "the gateway ended the feed");
     } catch (error) {
       if (error.name !== "AbortError") lose(error);
