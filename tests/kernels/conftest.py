@@ -1,11 +1,10 @@
 """Kernel tests: without a GPU Triton interprets the kernels, with one the same tests run on it.
 
-The variable must be set before any kernel module is imported, hence here and at import. Tests that use
+The variable must be set before any kernel module is imported: tests/conftest.py does it. Tests that use
 `device` count as `gpu` tests on a CUDA machine, so `-m gpu` there runs every kernel, at small and real
 sizes; tests of the references alone never need one.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor
 
 HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)
