@@ -74,6 +74,11 @@ def run(
     if shape not in SHAPES:
         raise typer.BadParameter(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
     chosen = SHAPES[shape].scaled(seconds=seconds, users=users, length_tokens=length, num_documents=documents)
+    if next(chosen.conversations(seed), None) is None:
+        raise typer.BadParameter(
+            f"documents of {chosen.length_tokens} tokens hold no question for {shape}: name a larger one",
+            param_hint="--length",
+        )
     budget = budget_blocks or chosen.budget_blocks
     forepage = None if plain else residency_fields(mode, budget_blocks=budget, threshold=None)
     settings = LoadSettings(

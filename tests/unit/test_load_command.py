@@ -135,3 +135,12 @@ def test_unknown_shape_is_refused_with_those_there_are(server: Server, tmp_path:
     done = load(server, tmp_path, "--shape", "wave")
     assert done.returncode == 2
     assert "mostly-recent" in done.stderr
+
+
+def test_documents_too_short_for_a_shapes_questions_are_refused(server: Server, tmp_path: Path) -> None:
+    """All of 8K tokens are the last 8K: nothing in them needs the past."""
+    done = load(server, tmp_path, "--shape", "mostly-recent", "--length", "8192")
+    assert done.returncode == 2
+    assert "--length" in done.stderr
+    assert "8192" in done.stderr
+    assert server.num_asked == 0
