@@ -74,11 +74,10 @@ def run(
     if shape not in SHAPES:
         raise typer.BadParameter(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
     chosen = SHAPES[shape].scaled(seconds=seconds, users=users, length_tokens=length, num_documents=documents)
-    if next(chosen.conversations(seed), None) is None:
-        raise typer.BadParameter(
-            f"documents of {chosen.length_tokens} tokens hold no question for {shape}: name a larger one",
-            param_hint="--length",
-        )
+    try:
+        next(chosen.conversations(seed))  # before anyone is asked: documents may hold no such question
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--length") from error
     budget = budget_blocks or chosen.budget_blocks
     forepage = None if plain else residency_fields(mode, budget_blocks=budget, threshold=None)
     settings = LoadSettings(
