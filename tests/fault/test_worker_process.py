@@ -1,7 +1,6 @@
 """The worker's process: whatever it does beside its loop ends it when it breaks, and says why."""
 
 import asyncio
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,15 @@ from forepage.rpc.edge import is_serving
 from forepage.settings import SEEDED_MODEL, ColdpoolSettings, ModelSettings, Settings, WorkerSettings
 from forepage.worker import server as worker
 from forepage.worker.index_client import IndexClient
+from rigs.stack import free_port
 
 WAIT_S = 60.0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+async def ready(settings: Settings) -> None:
+    """Until the worker serves."""
+    while not await is_serving(settings.worker.listen, None, timeout_s=1):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
 
 
 @pytest.fixture
@@ -60,8 +59,7 @@ async def test_a_task_that_breaks_ends_the_worker(
     managing = asyncio.create_task(coldpool.run(settings, stop_manager))
     running = asyncio.create_task(worker.run(settings, stop))
     async with asyncio.timeout(WAIT_S):
-        while not await is_serving(settings.worker.listen, None, timeout_s=1):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await ready(settings)
         is_due.set()
         with pytest.raises(ValueError, match="a defect"):
             await running
@@ -74,8 +72,7 @@ async def test_a_worker_that_is_told_to_stop_ends_well(settings: Settings) -> No
     managing = asyncio.create_task(coldpool.run(settings, stop_manager))
     running = asyncio.create_task(worker.run(settings, stop))
     async with asyncio.timeout(WAIT_S):
-        while not await is_serving(settings.worker.listen, None, timeout_s=1):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await ready(settings)
         stop.set()
         await running
         stop_manager.set()
