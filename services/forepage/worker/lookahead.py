@@ -156,11 +156,16 @@ class Lookahead:
                 self._fall_back(sequence, question)
         self._asked.clear()
 
-    def is_commit_due(self, sequence: Sequence) -> bool:
-        """Whether `tick` would change the resident set now.
+    def must_read_first(self, sequence: Sequence) -> bool:
+        """Whether `tick` would change the resident set under an audit: an audit is about the set its step saw.
+
+        A boundary's step without one only asks for a plan, and can be read after the commit: no step waits.
 
         Raises: DependencyError when a record changed under a load that is done.
         """
+        return _is_audited(sequence) and self._is_commit_due(sequence)
+
+    def _is_commit_due(self, sequence: Sequence) -> bool:
         state = sequence.lookahead
         if state.load is None:
             return state.want_exact or (not sequence.is_exact and _has_exact_keys(sequence))

@@ -209,8 +209,8 @@ class Loop:
         elif sequence.phase is Phase.FIRST_PLAN:
             self._await_first_plan(sequence)
         elif sequence.phase in (Phase.DECODE, Phase.PAUSED):
-            if sequence.unread_taps and self._lookahead.is_commit_due(sequence):
-                self._read_steps(0)  # its audit is asked when it is read, and is about the set it saw
+            if sequence.unread_taps and self._lookahead.must_read_first(sequence):
+                self._read_steps(0)
             self._tick(sequence)
 
     def _tick(self, sequence: Sequence) -> None:
