@@ -47,7 +47,8 @@ class SyntheticModel:
             if entry.role is Role.EXPERT_IDS:
                 values = torch.randint(spec.num_experts, entry.shape, device=device, generator=generator)
             else:
-                dtype = torch.float32 if fixed_dtype(entry.role) else torch.bfloat16
+                is_fp32 = fixed_dtype(entry.role) and entry.role is not Role.FP32_MATRIX
+                dtype = torch.float32 if is_fp32 else torch.bfloat16
                 values = torch.empty(entry.shape, dtype=dtype, device=device)
                 bound = 1.0 if len(entry.shape) == 1 else (3.0 / entry.shape[-1]) ** 0.5
                 values.uniform_(-bound, bound, generator=generator)

@@ -110,7 +110,7 @@ def test_a_workers_start_takes_little_more_memory_than_it_leaves(tmp_path: Path,
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stderr.splitlines()[-1])
-    assert measured["left"] > held
+    assert measured["left"] > 0.95 * held  # pages that the kernel took back meanwhile are not in it
     assert measured["left"] < held + measured["pools"] + OVERHEAD_BYTES // 2
     assert measured["peak"] < held + measured["pools"] + OVERHEAD_BYTES
 

@@ -81,7 +81,9 @@ def score_resident(
     block_id = tl.load(table_row + entry // ENTRIES, mask=readable, other=-1).to(tl.int64)
     present = (block_id >= 0) & (block_id < num_blocks)
     plane = plane_base(block_id * ENTRIES, block_bytes, layer_offset, ENTRIES)
-    heads_scored = heads * tl.max(present.to(tl.int32), axis=0)  # none where nothing is present: most of a paged row
+    heads_scored = heads * tl.max(
+        present.to(tl.int32), axis=0
+    )  # none where nothing is present: most of a paged row
     score = score_keys(
         q + row * heads * DIMS,
         weights + row * heads,

@@ -19,7 +19,7 @@ class Role(Enum):
     """What a tensor does; decides its dtype, how it may be stored, and how it is seeded."""
 
     MATRIX = auto()  # stored plain in the release
-    FP32_MATRIX = auto()  # stored plain too, computed with in fp32: head, router, compressors
+    FP32_MATRIX = auto()  # stored plain too, its products and sums are fp32: head, router, compressors
     LINEAR = auto()  # stored as FP8 in the release
     EXPERT = auto()  # a routed expert's: stored as MXFP4 (base models: FP8)
     EMBEDDING = auto()

@@ -61,7 +61,7 @@ def load_or_seed(
     """
     if weight_files(folder) or has_index(folder):
         checkpoint = Checkpoint.open(folder, spec)
-        form = HeldForm(_DTYPE_NAMES[dtype], keep_stored)
+        form = HeldForm(_DTYPE_NAMES[dtype], keep_stored, sums_in_fp32=device.type != "cpu")
         return load_checkpoint(checkpoint, spec, form=form, device=device, rank=rank, num_ranks=num_ranks)
     if spec.seed is None:
         raise ModelFormatError(f"{folder}: no *.safetensors, and config.json has no forepage_seed")

@@ -157,7 +157,7 @@ class Lookahead:
         self._asked.clear()
 
     def must_read_first(self, sequence: Sequence) -> bool:
-        """Whether `tick` would change the resident set under an audit: an audit is about the set its step saw.
+        """Whether `tick` would change the resident set under an audit: it is about the set its step saw.
 
         A boundary's step without one only asks for a plan, and can be read after the commit: no step waits.
 
