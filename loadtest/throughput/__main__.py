@@ -15,6 +15,7 @@ import grpc
 from forepage.errors import ForepageError
 from loadtest.throughput.case import Arm, Case
 from loadtest.throughput.measure import Window, WindowError, measure
+from loadtest.throughput.progress import say
 from loadtest.throughput.rows import Row, row_of
 from loadtest.throughput.run import Run, host_bytes, open_run, shared_options
 from loadtest.throughput.system import StartError, running_system
@@ -32,7 +33,7 @@ async def _measure_all(run: Run) -> None:
     for cases in _systems(run):
         async for row in _rows(run, cases):
             run.add(row)
-            print(row["context_tokens"], row["arm"], row["concurrency"], row["tokens_per_s"], flush=True)
+            say(row["context_tokens"], row["arm"], row["concurrency"], row["tokens_per_s"], "tokens/s")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,18 +57,26 @@ async def _rows(run: Run, cases: Seq[Case]) -> AsyncIterator[Row]:
     """Cases whose GPU memory is divided alike, with one system: each at batch 1, then with all that fit."""
     most = min(cases[0].concurrency(), run.options.max_sequences)
 
-    def row(case: Case, sequences: int, found: Window | str, *, batch1: bool) -> Row:
+    def row(
+        case: Case, sequences: int, found: Window | str, *, batch1: bool, as_shipped: bool = False
+    ) -> Row:
         return row_of(
             case,
             found,
             sequences=sequences,
             batch1=batch1,
+            as_shipped=as_shipped,
             index_placement=run.index_placement,
             experts_stored=run.folder.spec.num_experts,
             host_bytes=host_bytes(),
         )
 
-    wanted = [(case, sequences, batch1) for sequences, batch1 in ((1, True), (most, False)) for case in cases]
+    wanted = [
+        (case, sequences, batch1, as_shipped)
+        for sequences, batch1, as_shipped in ((1, True, False), (1, True, True), (most, False, False))
+        for case in cases
+        if not as_shipped or case.arm is Arm.GUARDED
+    ]
     if most == 0:
         for case in cases:
             failure = f"no sequence fits in {case.plan.kv_bytes} bytes"
@@ -78,15 +87,19 @@ async def _rows(run: Run, cases: Seq[Case]) -> AsyncIterator[Row]:
             run.model, run.folder, cases[0], sequences=most, device=run.options.device
         ) as system:
             while wanted:
-                case, sequences, batch1 = wanted.pop(0)
+                case, sequences, batch1, as_shipped = wanted.pop(0)
                 try:
-                    found: Window | str = await measure(system, case, sequences=sequences, length=run.length)
+                    found: Seq[Window | str] = await measure(
+                        system, case, sequences=sequences, length=run.length, as_shipped=as_shipped
+                    )
                 except (ForepageError, WindowError, OSError, grpc.aio.AioRpcError) as error:
-                    found = f"{type(error).__name__}: {error}"
-                yield row(case, sequences, found, batch1=batch1)
+                    found = [f"{type(error).__name__}: {error}"]
+                for one in found:
+                    yield row(case, sequences, one, batch1=batch1, as_shipped=as_shipped)
     except (ForepageError, StartError) as error:
-        for case, sequences, batch1 in wanted:
-            yield row(case, sequences, f"{type(error).__name__}: {error}", batch1=batch1)
+        for case, sequences, batch1, as_shipped in wanted:
+            failure = f"{type(error).__name__}: {error}"
+            yield row(case, sequences, failure, batch1=batch1, as_shipped=as_shipped)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import pairwise
 
 import grpc
@@ -17,6 +18,7 @@ from forepage.rpc.edge import error_of_call, open_channel
 from forepage.settings import ResidencyMode
 from forepage.worker.request import PROTO_OF_MODE, PROTO_OF_SOURCE
 from loadtest.throughput.case import Arm, Case
+from loadtest.throughput.progress import say
 from loadtest.throughput.system import Counters, System
 
 POLL_S = 0.02
@@ -45,6 +47,8 @@ class Length:
     window_s: float
     start_s: float
     """How long the sequences have to get there, and how much longer than `window_s` a window may take."""
+    early_tokens: int = 256
+    """Of a guarded sequence, the first ones: each audited before it is given (worker.early_audit_steps)."""
 
 
 @dataclass
@@ -63,6 +67,13 @@ class Stream:
         return sum(count for _, count in self.arrivals)
 
 
+class Phase(StrEnum):
+    """Of guarded sequences: while every step is audited before its token is given, and after that."""
+
+    EARLY = "early"
+    STEADY = "steady"
+
+
 @dataclass(frozen=True)
 class Window:
     """What was seen between two moments at which all sequences decoded."""
@@ -76,7 +87,8 @@ class Window:
     after: Counters
     held: pb.DescribeReply
     frozen_gaps_ms: list[float]
-    """As `gaps_ms`, a while later, with the index stopped: no set changes. Empty in `full`."""
+    """As `gaps_ms`, a while later, with the index stopped: no set changes. Empty where that was not done."""
+    phase: Phase | None = None
 
     def grew(self, name: str, labels: str = "") -> float:
         """By how much a counter did."""
@@ -94,56 +106,82 @@ class Window:
         return found if found < math.inf else None
 
 
-async def measure(system: System, case: Case, *, sequences: int, length: Length) -> Window:
-    """Time a window of all of them, and in a paged arm one more while no set changes.
+async def measure(
+    system: System, case: Case, *, sequences: int, length: Length, as_shipped: bool = False
+) -> list[Window]:
+    """Time a window of all of them: of guarded ones an early and a steady one.
 
+    In a paged arm one more follows while no set changes; `as_shipped`: the requests name no budget.
     Raises: WindowError when they do not all decode in time, the worker's own error if one fails.
     """
     async with open_channel(system.worker_address, None) as channel:
         stub = worker_pb2_grpc.DecodeWorkerStub(channel)
         streams = [Stream(time.perf_counter()) for _ in range(sequences)]
         tasks = [
-            asyncio.create_task(follow(stub, request_of(system, case, number), stream))
+            asyncio.create_task(
+                follow(stub, request_of(system, case, number, names_budget=not as_shipped), stream)
+            )
             for number, stream in enumerate(streams)
         ]
+        is_paged = case.arm is not Arm.FULL and not as_shipped
+        phases = (Phase.EARLY, Phase.STEADY) if case.arm is Arm.GUARDED and is_paged else (None,)
+        windows = []
         try:
             await wait_for(streams, 0.0, length.warm_tokens, length.start_s)
-            before, begin_s = await asyncio.to_thread(system.counters), time.perf_counter()
-            await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
-            end_s = time.perf_counter()
-            after = await asyncio.to_thread(system.counters)
-            held: pb.DescribeReply = await stub.Describe(pb.DescribeRequest(), timeout=CALL_S)
-            frozen: list[float] = []
-            if case.arm is not Arm.FULL:
-                with system.index_stopped():
-                    await asyncio.sleep(SETTLE_S)
-                    frozen_s = time.perf_counter()
-                    await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
-                    frozen = all_gaps(streams, frozen_s, time.perf_counter())
+            for phase in phases:
+                if phase is Phase.STEADY:
+                    await wait_for(streams, 0.0, length.early_tokens, length.start_s)
+                say("all decode:", case.arm, phase or "")
+                freeze = is_paged and phase is phases[-1]
+                windows.append(await _window(system, stub, streams, length, phase=phase, freeze=freeze))
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             with suppress(grpc.aio.AioRpcError):
                 await wait_idle(stub)
+    return windows
+
+
+async def _window(
+    system: System,
+    stub: worker_pb2_grpc.DecodeWorkerStub,
+    streams: list[Stream],
+    length: Length,
+    *,
+    phase: Phase | None,
+    freeze: bool,
+) -> Window:
+    before, begin_s = await asyncio.to_thread(system.counters), time.perf_counter()
+    await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
+    end_s = time.perf_counter()
+    after = await asyncio.to_thread(system.counters)
+    held: pb.DescribeReply = await stub.Describe(pb.DescribeRequest(), timeout=CALL_S)
+    frozen: list[float] = []
+    if freeze:
+        with system.index_stopped():
+            await asyncio.sleep(SETTLE_S)
+            frozen_s = time.perf_counter()
+            await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
+            frozen = all_gaps(streams, frozen_s, time.perf_counter())
     gaps = all_gaps(streams, begin_s, end_s)
     ttft = [(stream.arrivals[0][0] - stream.asked_s) * 1e3 for stream in streams]
-    return Window(end_s - begin_s, len(gaps), gaps, ttft, before, after, held, frozen)
+    return Window(end_s - begin_s, len(gaps), gaps, ttft, before, after, held, frozen, phase)
 
 
-def request_of(system: System, case: Case, number: int) -> pb.GenerateRequest:
-    """One of the sequences that decode the history."""
+def request_of(system: System, case: Case, number: int, *, names_budget: bool = True) -> pb.GenerateRequest:
+    """One of the sequences that decode the history; one that names a budget is paged."""
     source = PlanSource.RECENCY if case.arm is Arm.DEMAND else PlanSource.MEMORY_INDEXER
+    residency = pb.Residency(
+        mode=PROTO_OF_MODE[MODES[case.arm]], min_recall=0.0, plan_source=PROTO_OF_SOURCE[source]
+    )
+    if names_budget:
+        residency.budget_blocks = case.budget_blocks
     return pb.GenerateRequest(
         request_id=f"{case.arm}-{number}",
         prompt_token_ids=system.prompt,
         sampling=pb.Sampling(max_tokens=case.plan.answer_tokens, seed=number),
-        residency=pb.Residency(
-            mode=PROTO_OF_MODE[MODES[case.arm]],
-            min_recall=0.0,
-            budget_blocks=case.budget_blocks,
-            plan_source=PROTO_OF_SOURCE[source],
-        ),
+        residency=residency,
         ignore_eos=True,
     )
 

@@ -105,13 +105,14 @@ class Crowd:
             "FOREPAGE_WORKER__C128_SHARE": str((self._c128_bytes + 1) / kv_bytes),
             "FOREPAGE_WORKER__MAX_RUNNING": str(sequences),
             "FOREPAGE_WORKER__FULL_SHARE": "1.0",
+            "FOREPAGE_WORKER__BUDGET_BLOCKS": str(self.case.budget_blocks),
         }
 
     def request(
         self, system: System, number: int, *, mode: pb.ResidencyMode | None = None
     ) -> pb.GenerateRequest:
         """One that stays, its tokens drawn; in the arm's mode unless another is given."""
-        request = request_of(system, self.case, number)
+        request = request_of(system, self.case, number, names_budget=False)
         request.sampling.temperature, request.sampling.top_p = 1.0, 1.0
         if mode is not None:
             request.residency.mode = mode

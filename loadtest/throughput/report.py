@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.throughput.case import Arm
+from loadtest.throughput.measure import Phase
 from loadtest.throughput.rows import Row
 
 Columns = tuple[tuple[str, str], ...]
@@ -53,10 +54,15 @@ MOVES_COLUMNS: Columns = (
 DECODE_COLUMNS: Columns = (
     ("context_tokens", ","),
     ("arm", ""),
+    ("phase", ""),
+    ("paging", ""),
     ("concurrency", ","),
+    ("concurrency_vs_full", ".2f"),
     ("tokens_per_s", ",.1f"),
+    ("tokens_per_s_vs_full", ".2f"),
     ("itl_p50_ms", ",.2f"),
     ("itl_p99_ms", ",.2f"),
+    ("itl_p99_vs_frozen", ".2f"),
     ("ttft_ms", ",.0f"),
     ("gpu_kv_bytes_c4", ",.0f"),
     ("gpu_kv_bytes_index", ",.0f"),
@@ -86,9 +92,35 @@ TABLES: dict[str, tuple[str, Columns]] = {
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """throughput.json, .md and .png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    result = {**result, "rows": with_ratios(result["rows"])}
     (folder / "throughput.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "throughput.md").write_text(markdown(result), encoding="utf-8")
     draw(folder / "throughput.png", result["rows"])
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """Rows about decoding also say how they compare with `full` at their context, alone or all that fit."""
+    full = {
+        (row["context_tokens"], row["batch1"]): row
+        for row in rows
+        if _measures(row) == "decode" and row["arm"] == Arm.FULL
+    }
+    return [
+        row | _ratios(row, full.get((row["context_tokens"], row["batch1"])))
+        if _measures(row) == "decode"
+        else row
+        for row in rows
+    ]
+
+
+def _ratios(row: Row, full: Row | None) -> Row:
+    ratios: Row = {}
+    for name in ("concurrency", "tokens_per_s"):
+        ours, theirs = row[name], full and full[name]
+        ratios[f"{name}_vs_full"] = ours / theirs if ours and theirs else None
+    missing = [name for name, ratio in ratios.items() if ratio is None]
+    why = {name: reason for name, reason in row.get("why", {}).items() if name not in ratios}
+    return ratios | {"why": why | dict.fromkeys(missing, "`full` was not measured here, or this was not")}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -128,7 +160,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    shown = [row for row in rows if _measures(row) == "decode"]
+    shown = [row for row in rows if _measures(row) == "decode" and _is_drawn(row)]
     for panel, name, batch1, title in zip(
         figure.subplots(1, 3),
         ("concurrency", "tokens_per_s", "tokens_per_s"),
@@ -141,6 +173,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         panel.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _is_drawn(row: Row) -> bool:
+    """One point an arm and context: of guarded sequences the steady one, paged as asked for."""
+    return row.get("phase") != Phase.EARLY and row.get("paging") != "as shipped"
 
 
 def _draw_arms(panel: Any, rows: Sequence[Row], name: str) -> None:

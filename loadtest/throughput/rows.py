@@ -7,7 +7,7 @@ from typing import Any
 from forepage.worker.stalls import Stall
 from loadtest.quality.intervals import percentile
 from loadtest.throughput.case import Arm, Case
-from loadtest.throughput.measure import Window
+from loadtest.throughput.measure import Phase, Window
 
 Row = dict[str, Any]
 LATENCY = "forepage_prefetch_latency_milliseconds"
@@ -58,18 +58,21 @@ def row_of(
     *,
     sequences: int,
     batch1: bool,
+    as_shipped: bool,
     index_placement: str,
     experts_stored: int,
     host_bytes: int,
 ) -> Row:
     """`found` is what was seen, or how it failed."""
     fits = int(host_bytes * HOST_SHARE // case.host_bytes)
-    why: dict[str, str] = {}
+    why: dict[str, str] = {"phase": "every step is alike"}
     row: Row = {
         "measures": "decode",
         "context_tokens": case.context_tokens,
         "arm": case.arm.value,
         "batch1": batch1,
+        "paging": _paging(case, as_shipped=as_shipped),
+        "phase": None,
         "index_placement": index_placement,
         "kv_budget_bytes": case.plan.kv_bytes,
         "experts_stored": experts_stored,
@@ -85,8 +88,10 @@ def row_of(
     else:
         why |= dict.fromkeys(WINDOW_COLUMNS, "no plan was committed, or no token came, in the window")
         row |= _measured(case, found, sequences)
-        if case.arm is Arm.FULL:
+        if case.arm is Arm.FULL or as_shipped:
             why |= dict.fromkeys(PAGING_COLUMNS, "nothing is paged")
+        elif found.phase is Phase.EARLY:
+            why["itl_p99_vs_frozen"] = "in the steady phase's row"
     return row | {"why": {name: reason for name, reason in why.items() if row[name] is None}}
 
 
@@ -98,6 +103,7 @@ def _measured(case: Case, window: Window, sequences: int) -> Row:
     gaps = window.gaps_ms
     stalled_s = sum(window.grew(STALLED, stall) for stall in STALLS)
     return {
+        "phase": window.phase,
         "ttft_ms": fmean(window.ttft_ms),
         "tokens_per_s": window.num_tokens / window.seconds,
         "itl_p50_ms": percentile(gaps, 0.50) if gaps else None,
@@ -118,6 +124,13 @@ def _measured(case: Case, window: Window, sequences: int) -> Row:
         else None,
         "demand_bytes_per_token": window.grew(FROM_HOST, "demand") / max(1, window.num_tokens),
     }
+
+
+def _paging(case: Case, *, as_shipped: bool) -> str:
+    """Whether sequences page, and why."""
+    if case.arm is Arm.FULL:
+        return "none"
+    return "as shipped" if as_shipped else "asked for"
 
 
 def _limit(case: Case, sequences: int, host_fits: int, *, batch1: bool) -> str:

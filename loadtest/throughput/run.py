@@ -22,6 +22,7 @@ from loadtest.throughput.case import Arm, Case, Plan
 from loadtest.throughput.ceilings import link_ceilings
 from loadtest.throughput.measure import Length
 from loadtest.throughput.model import INDEX_FILE, model_config, write_model
+from loadtest.throughput.progress import say
 from loadtest.throughput.report import write
 from loadtest.throughput.rows import Row
 
@@ -62,7 +63,9 @@ class Run:
     def length(self) -> Length:
         """Of every window."""
         given = self.options
-        return Length(given.warm_tokens, given.window_tokens, given.window_s, given.start_s)
+        return Length(
+            given.warm_tokens, given.window_tokens, given.window_s, given.start_s, given.early_tokens
+        )
 
     def case(self, arm: Arm, context: int) -> Case:
         """One arm at one context."""
@@ -100,6 +103,7 @@ def open_run(parser: argparse.ArgumentParser, arguments: Seq[str] | None) -> Ite
         path = options.weights or Path(scratch)
         if not (path / INDEX_FILE).exists():
             write_model(path, config)
+            say("weights written")
         model = ModelSettings(path=path, device=options.device)
         folder = ModelFolder.read(model)
         given = sys.argv[1:] if arguments is None else arguments
@@ -132,6 +136,9 @@ def shared_options(
     parser.add_argument("--slack-blocks", type=int, default=64)
     parser.add_argument("--answer-tokens", type=int, default=8192, help="most tokens of a sequence")
     parser.add_argument("--warm-tokens", type=int, default=64, help="of each before the window begins")
+    parser.add_argument(
+        "--early-tokens", type=int, default=256, help="of a guarded sequence before its steady window begins"
+    )
     parser.add_argument("--window-s", type=float, default=8.0)
     parser.add_argument("--window-tokens", type=int, default=64, help="of each, at least, in a window")
     parser.add_argument("--start-s", type=float, default=120.0, help="until all sequences decode")

@@ -24,6 +24,7 @@ from forepage.telemetry import open_telemetry
 from forepage.worker.assembly import ModelFolder
 from loadtest.throughput.case import Case
 from loadtest.throughput.history import prompt_of, write_history
+from loadtest.throughput.progress import say
 from loadtest.throughput.trace import Trace
 
 START_S = 500.0
@@ -107,6 +108,7 @@ async def running_system(
             started[name] = _start(command, environ, logs / name)
             if name == "coldpool":
                 await _ready(name, started, address, logs)
+                say("cold pool ready")
         client = ColdPoolClient(
             address["coldpool"],
             holder_id="history",
@@ -118,8 +120,10 @@ async def running_system(
             await client.attach()
             prompt = prompt_of(case.prompt_tokens)
             await write_history(client, case.geometry, folder.fingerprint, prompt)
+            say("history of", case.prompt_tokens, "tokens written")
             for name in ("index", "worker"):
                 await _ready(name, started, address, logs)
+                say(name, "ready")
             yield System(address["worker"], ports["metrics"], started["index"].pid, prompt)
         finally:
             await client.close()

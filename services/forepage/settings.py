@@ -207,7 +207,9 @@ class WorkerSettings(Section):
     min_recall: float = Field(
         0.95, ge=0.0, le=1.0, description="guarded: floor of evidence recall at an audited step"
     )
-    budget_blocks: int = Field(128, ge=1, description="blocks a sequence may keep because of their score")
+    budget_blocks: int | None = Field(
+        None, ge=1, description="blocks a sequence may keep because of their score; none: by its length"
+    )
     recent_tokens: int = Field(2048, ge=256, description="newest tokens that always stay resident")
     prompt_tokens: int = Field(
         256,
@@ -259,10 +261,11 @@ class WorkerSettings(Section):
     key_share: float = Field(0.25, gt=0.0, lt=1.0, description="share of kv_bytes for key blocks")
     c128_share: float = Field(0.1, gt=0.0, lt=0.5, description="share of kv_bytes for c128 rows, never paged")
     full_share: float = Field(
-        0.0,
+        0.5,
         ge=0.0,
         le=1.0,
-        description="share of the blocks up to which sequences that could page stay full; 0: none do",
+        description="share of the blocks up to which sequences whose request names no budget stay full; "
+        "0: none do",
     )
     load_slack_blocks: int = Field(
         64, ge=1, description="blocks a sequence may hold above its set while loading"

@@ -254,6 +254,7 @@ def running_stack(
         "FOREPAGE_WORKER__COLDPOOL_ADDRESS": addresses["coldpool"],
         "FOREPAGE_WORKER__INDEX_ADDRESS": addresses["index"],
         "FOREPAGE_WORKER__KV_BYTES": str(128 << 20),
+        "FOREPAGE_WORKER__FULL_SHARE": "0",
         "OMP_NUM_THREADS": "2",
     }
     if otlp is not None:

@@ -238,6 +238,7 @@ class WorkerRig:
         salt: str = "",
         name: str = "r",
         audit: bool = False,
+        asks_to_page: bool = False,
     ) -> Running:
         """Queue a request."""
         request = Request(
@@ -251,6 +252,7 @@ class WorkerRig:
             budget_blocks=budget_blocks,
             cache_salt=salt,
             audit=audit,
+            asks_to_page=asks_to_page,
         )
         return self.submit_request(request)
 
@@ -327,6 +329,7 @@ def worker_rig(
         "kv_bytes": 16 << 20,
         "max_running": 4,
         "load_slack_blocks": 4,
+        "full_share": 0.0,  # sequences page although there is room, unless a test is about that
         "prefill_chunk_tokens": 512,
         "prefill_share": 1.0,  # chunks at once: which turn does what is then no matter of time
         "admission_timeout_s": 5.0,

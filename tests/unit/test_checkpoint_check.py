@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from forepage import __main__ as cli
+from forepage.kv.budget import budget_for
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.model.footprint import held_bytes, kv_cost, rank_bytes, sequence_footprint
 from forepage.model.held_form import HeldForm
@@ -140,7 +141,7 @@ def test_footprint_is_what_the_worker_promises(mode: ResidencyMode, tokens: int)
     parts.resume_parts = cast(Any, WorkerParts.resume_parts).fget(parts)
     sequence: Any = SimpleNamespace(
         request=SimpleNamespace(prompt=[0] * tokens, total_tokens=tokens, mode=mode),
-        guard=SimpleNamespace(budget_blocks=settings.budget_blocks),
+        guard=SimpleNamespace(budget_blocks=budget_for(geometry.num_blocks(tokens))),
         is_exact=mode is ResidencyMode.EXACT,
         is_full_by_room=False,
     )

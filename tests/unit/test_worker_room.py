@@ -80,6 +80,16 @@ def test_with_room_nothing_is_dropped_and_nothing_asked(mode: ResidencyMode, ahe
         rig.check_baseline()
 
 
+def test_one_that_asks_to_page_is_paged_although_there_is_room() -> None:
+    with worker_rig(full_share=1.0) as rig:
+        rig.index.auto = wants(1, 3)
+        running = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=40, asks_to_page=True)
+        rig.run(running)
+        assert not running.report.full_by_size
+        assert running.report.full_steps == 0
+        rig.check_baseline()
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_exact_leaves_full_by_dropping_returns_by_loading_and_gives_the_tokens_of_full(ahead: int) -> None:
     metrics = InMemoryMetricReader()

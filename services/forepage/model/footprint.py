@@ -7,6 +7,7 @@ blocks and resume records go to the host in every mode.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from forepage.kv.budget import budget_for
 from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO, C128_RATIO, KvGeometry
 from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec
@@ -103,10 +104,10 @@ class SequenceFootprint:
 def sequence_footprint(
     geometry: KvGeometry, settings: WorkerSettings, mode: ResidencyMode, *, num_tokens: int, topk: int
 ) -> SequenceFootprint:
-    """A sequence of `num_tokens` tokens, nearly all of them prompt, at the settings' budget."""
+    """A sequence of `num_tokens` tokens, nearly all of them prompt, paged at the settings' budget."""
     total = geometry.num_blocks(num_tokens)
     recent = -(-settings.recent_tokens // geometry.block_tokens) + TAIL_BLOCKS
-    paged = min(total, settings.budget_blocks + recent + settings.load_slack_blocks)
+    paged = min(total, (settings.budget_blocks or budget_for(total)) + recent + settings.load_slack_blocks)
     staging = -(-topk // BLOCK_ENTRIES) if mode is ResidencyMode.EXACT else 0
     rows = total if mode is ResidencyMode.FULL else paged + staging
     keys = total if mode in (ResidencyMode.FULL, ResidencyMode.EXACT) else paged

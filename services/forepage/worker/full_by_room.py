@@ -2,7 +2,7 @@
 
 Finished blocks are always in the arena, so leaving is one plan and its drops, and returning is one load:
 nothing is computed again. How much of the pools may be promised to them is `worker.full_share`; a request
-that waits for blocks comes first.
+that waits for blocks comes first. One that names a budget asked to be paged, and is.
 """
 
 import time
@@ -91,9 +91,10 @@ class FullByRoom:
 
     def _try_promise_all(self, sequence: Sequence, *, num_staging: int) -> bool:
         parts, share = self._parts, self._parts.settings.full_share
-        if not share or self.is_room_wanted or sequence.request.mode is ResidencyMode.FULL:
+        request = sequence.request
+        if not share or self.is_room_wanted or request.asks_to_page or request.mode is ResidencyMode.FULL:
             return False
-        holds, total = sequence.holds, parts.geometry.num_blocks(sequence.request.total_tokens)
+        holds, total = sequence.holds, parts.geometry.num_blocks(request.total_tokens)
         quota = Quota(total + num_staging, total)
         for pool, promise, wanted in (
             (parts.blocks.rows, holds.row_promise, quota.rows),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from forepage.errors import ContextLengthError, RequestError
+from forepage.kv.budget import budget_for
+from forepage.kv.geometry import BLOCK_ENTRIES, C4_RATIO
 from forepage.kv.plan_source import PlanSource
 from forepage.rpc import index_pb2 as index_pb
 from forepage.rpc import worker_pb2 as pb
@@ -16,6 +18,7 @@ MODE_OF_PROTO: dict[pb.ResidencyMode, ResidencyMode] = {
     pb.RESIDENCY_MODE_GUARDED: ResidencyMode.GUARDED,
     pb.RESIDENCY_MODE_EXACT: ResidencyMode.EXACT,
 }
+BLOCK_TOKENS = BLOCK_ENTRIES * C4_RATIO
 MAX_LOGPROBS = 20
 """Log-probabilities a token beside the chosen one's, as OpenAI allows."""
 SOURCE_OF_PROTO: dict[index_pb.PlanSource, PlanSource] = {
@@ -56,6 +59,8 @@ class Request:
     """Audit whatever the mode, and report each audited step."""
     reads: bool = False
     """Report which blocks were read for the answer."""
+    asks_to_page: bool = False
+    """The caller named a budget, or a baseline's plans: it is not kept `full` because there is room."""
     num_answered: int = 0
     priority: int = 0
     """Of requests that wait the lowest is admitted first, then the oldest."""
@@ -99,9 +104,12 @@ class Request:
             )
         min_recall = residency.min_recall if residency.HasField("min_recall") else settings.min_recall
         _check_range("forepage.min_recall", min_recall, 0.0, 1.0)
-        budget = residency.budget_blocks if residency.HasField("budget_blocks") else settings.budget_blocks
-        if budget < 1:
+        names_budget = residency.HasField("budget_blocks")
+        if names_budget and residency.budget_blocks < 1:
             raise RequestError("budget_blocks must be at least 1", "forepage.budget_blocks")
+        total_blocks = -(-(len(prompt) + max_tokens - 1) // BLOCK_TOKENS)
+        budget = settings.budget_blocks or budget_for(total_blocks)
+        plan_source = SOURCE_OF_PROTO.get(residency.plan_source, PlanSource.MEMORY_INDEXER)
         if residency.HasField("threshold"):
             _check_range("forepage.threshold", residency.threshold, 0.0, 1.0)
         stop = set(how.stop_token_ids) | (set() if message.ignore_eos else {eos})
@@ -113,16 +121,17 @@ class Request:
             stop_token_ids=frozenset(stop),
             mode=MODE_OF_PROTO.get(residency.mode, settings.default_mode),
             min_recall=min_recall,
-            budget_blocks=budget,
+            budget_blocks=residency.budget_blocks if names_budget else budget,
             cache_salt=message.cache_salt,
             json_schema=how.json_schema if how.HasField("json_schema") else None,
             free_until=how.free_until_token_id if how.HasField("free_until_token_id") else None,
             forced_tools=tuple(CallableTool(tool.name, tool.parameters) for tool in how.forced_tools),
             max_calls=how.max_calls,
-            plan_source=SOURCE_OF_PROTO.get(residency.plan_source, PlanSource.MEMORY_INDEXER),
+            plan_source=plan_source,
             threshold=residency.threshold if residency.HasField("threshold") else None,
             audit=residency.audit,
             reads=residency.reads,
+            asks_to_page=names_budget or plan_source is not PlanSource.MEMORY_INDEXER,
             num_answered=len(answered),
             priority=message.priority,
         )
