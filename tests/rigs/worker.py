@@ -239,6 +239,7 @@ class WorkerRig:
         name: str = "r",
         audit: bool = False,
         asks_to_page: bool = False,
+        reads: bool = False,
     ) -> Running:
         """Queue a request."""
         request = Request(
@@ -253,6 +254,7 @@ class WorkerRig:
             cache_salt=salt,
             audit=audit,
             asks_to_page=asks_to_page,
+            reads=reads,
         )
         return self.submit_request(request)
 

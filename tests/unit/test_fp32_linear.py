@@ -1,4 +1,4 @@
-"""Products of bf16 matrices in fp32: exact parts, and on a GPU as near to the oracle as fp32 products are."""
+"""Products of bf16 matrices with fp32 sums: exact parts, and how near to the oracle a GPU is."""
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ def test_it_is_held_in_bf16_where_that_loses_nothing(
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 7, 85])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1_000, 4_096), (32, 4_096), SHAPE])
-def test_a_gpu_is_as_near_to_the_oracle_as_its_fp32_products(rows: int, outputs: int, inputs: int) -> None:
+def test_a_gpu_is_within_a_millionth_of_the_magnitudes_it_sums(rows: int, outputs: int, inputs: int) -> None:
+    """Its sums keep fewer bits than an fp32 product's; the inputs are rounded to 2^-9 before."""
     x = _drawn(rows, inputs, seed=4, dtype=torch.bfloat16).cuda()
     stored = _drawn(outputs, inputs, seed=5, dtype=torch.bfloat16).cuda()
     full = _drawn(outputs, inputs, seed=6).cuda()
@@ -63,7 +64,6 @@ def test_a_gpu_is_as_near_to_the_oracle_as_its_fp32_products(rows: int, outputs:
     )
     for found, weight in cases:
         oracle = x.double() @ weight.double().mT
-        error = (found.double() - oracle).abs().max()
-        fp32_error = ((x.float() @ weight.float().mT).double() - oracle).abs().max()
+        magnitudes = x.double().abs() @ weight.double().abs().mT
         assert found.dtype is torch.float32
-        assert error <= 2 * fp32_error + 1e-6
+        assert ((found.double() - oracle).abs() <= 2.0**-20 * magnitudes).all()

@@ -4,6 +4,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -90,7 +91,15 @@ def test_page_lock_ends_with_the_mapping(folder: Path) -> None:
 
 
 def is_locked(address: int) -> bool:
-    """Whether CUDA would refuse to register the page because it already has."""
+    """Whether CUDA would refuse to register the page because it already has.
+
+    Asked on a thread of its own: the refusal stays that thread's last error, and torch would raise it here.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_is_refused, address).result()
+
+
+def _is_refused(address: int) -> bool:
     already_registered = 712
     status = int(torch.cuda.cudart().cudaHostRegister(address, 4096, 0))
     if status == 0:

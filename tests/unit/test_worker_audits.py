@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from forepage.rpc import index_pb2
 from forepage.settings import SEEDED_MODEL, ModelSettings, ResidencyMode
 from forepage.worker.assembly import ModelFolder
 from forepage.worker.device_audit import StepAudit, merge_verdicts
-from forepage.worker.questions import audit_messages, audited_layers
+from forepage.worker.questions import audit_messages
 from forepage.worker.report import Report
 from forepage.worker.sequence import Sequence, StepTap
 from forepage_kernels.select_topk import select_topk
@@ -185,18 +186,15 @@ def test_the_devices_own_audit_reports_the_brute_force_recall(device: str) -> No
             return plan_reply(request, [0, 2])
 
         rig.index.auto = answer
-        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=50, audit=True)
+        running = rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=50, audit=True, reads=True)
         found, wanted = [], []
         auditing = rig.loop._auditing
         after_step, take_audit = rig.loop._lookahead.after_step, auditing.take_audit
 
         def look(sequence: Sequence, tap: StepTap) -> None:
             if tap.audit is not None:
-                settings, num_c4 = rig.parts.settings, len(rig.parts.geometry.c4_layers)
-                layers = audited_layers(sequence, settings, num_c4, num_tokens=sequence.num_processed)
-                audits = audit_messages(
-                    sequence, tap, layers, num_blocks=sequence.resident.pinned_from, topk=rig.parts.topk
-                )
+                layers, blocks = tap.audit.layers, sequence.resident.pinned_from
+                audits = audit_messages(sequence, tap, layers, num_blocks=blocks, topk=rig.parts.topk)
                 wanted.append([brute_force(rig, running, audit) for audit in audits])
             after_step(sequence, tap)
 
@@ -212,6 +210,41 @@ def test_the_devices_own_audit_reports_the_brute_force_recall(device: str) -> No
     assert any(resident < evidence for step in wanted for evidence, resident in step), "something was missed"
     assert running.report.worker_audits == len(found)
     assert not any(request.audits for request in asked)
+
+
+def test_the_host_is_told_no_more_of_an_audited_step_than_its_audit() -> None:
+    """But at a boundary, where the index is asked. All of a step are audited in the same layers."""
+    with worker_rig(padded=True, audits_on_device=True, random_audits=15, early_audit_steps=64) as rig:
+        rig.index.auto = wants(0)
+        taps: list[StepTap] = []
+        names: list[str] = []
+        after_step = rig.loop._lookahead.after_step
+
+        def look(sequence: Sequence, tap: StepTap) -> None:
+            taps.append(tap)
+            names.append(sequence.request.request_id)
+            after_step(sequence, tap)
+
+        rig.loop._lookahead.after_step = look  # type: ignore[method-assign]
+        both = [
+            rig.submit(PROMPT, mode=ResidencyMode.LOOKAHEAD, max_tokens=40, audit=True, name=name, salt=name)
+            for name in "ab"
+        ]
+        for running in both:
+            rig.run(running)
+    audits = [tap.audit for tap in taps if tap.audit is not None]
+    told = [tap for tap in taps if tap.audit is not None and len(tap.indexer)]
+    assert len(audits) > 60
+    assert 0 < len(told) < 10
+    steps = [
+        (tap, after)
+        for (tap, first), (after, last) in pairwise(zip(taps, names, strict=True))
+        if first < last
+    ]
+    together = [(tap.audit.layers, after.audit.layers) for tap, after in steps if tap.audit and after.audit]
+    assert len(together) > 20
+    assert all(layers == others for layers, others in together)
+    assert len({audit.layers for audit in audits}) == 3, "of three c4 layers two are looked at in a step"
 
 
 def test_a_merge_of_many_rows_is_the_merge_of_each() -> None:

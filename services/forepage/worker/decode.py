@@ -77,6 +77,7 @@ class Decode:
         """Start processing each sequence's newest token."""
         for sequence in batch:
             self._grow(sequence)
+        self._lookahead.begin_step()
         rows = [self._row(sequence) for sequence in batch]
         device = self._parts.device
         with device.stopwatch.time(self._pace.saw_decode):
@@ -115,6 +116,8 @@ class Decode:
 
     def _row(self, sequence: Sequence) -> DecodeRow:
         step = sequence.report.decode_steps + sequence.num_unread + 1
+        audit_layers = self._lookahead.device_audit(sequence, step)
+        is_boundary = step >= sequence.lookahead.next_boundary
         return DecodeRow(
             slot=sequence.holds.slot,
             position=sequence.num_launched,
@@ -122,7 +125,8 @@ class Decode:
             sampling=sequence.sampling_row(sequence.num_launched + 1),
             wants_tap=sequence.request.reads or self._lookahead.wants_tap(sequence, step),
             pulls=bool(sequence.holds.staging_ids),
-            audit_layers=self._lookahead.device_audit(sequence, step),
+            audit_layers=audit_layers,
+            is_told=sequence.request.reads or is_boundary or not audit_layers,
         )
 
     def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:

@@ -6,10 +6,10 @@ is: an answer of forty tokens can be repaired while it is written. The index mak
 have no such device.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +27,8 @@ from forepage_kernels.select_topk import select_topk
 
 MOST_EVIDENCE = round(1 / EVIDENCE_PROBABILITY)
 """Entries that can hold so much at the same time."""
+NUM_HEAD = 5
+"""Columns of a packed verdict before its missing entries: counts and shares."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,26 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class StepAudit:
-    """What one step missed, layer by layer; `num_unread` absent blocks had damaged keys."""
+    """What one step missed in each of `layers`; `num_unread` absent blocks had damaged keys."""
 
     position: int
+    layers: tuple[int, ...]
     verdicts: tuple[AuditVerdict, ...]
     num_unread: int
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The verdicts of n rows on one layer, as tensors."""
+    """The verdicts of n (row, layer) pairs, as tensors."""
 
     counts: Tensor  # i64 [n, 3]: evidence, of it resident, blocks unread
     shares: Tensor  # f64 [n, 2]: missed mass, recall at k
     missing: Tensor  # i64 [n, MOST_EVIDENCE]: absent entries with evidence, -1 behind them
     masses: Tensor  # f64 [n, MOST_EVIDENCE]
+
+    def packed(self) -> Tensor:
+        """All of it as one f64 [n, ...], so that one copy brings it over; integers are exact in f64."""
+        return torch.cat((self.counts.double(), self.shares, self.missing.double(), self.masses), dim=1)
 
 
 @dataclass(frozen=True)
@@ -62,20 +69,34 @@ class AuditCopies:
     """Verdicts on their way to the host."""
 
     rows: tuple[AuditRow, ...]
-    place: dict[tuple[int, int], tuple[int, int]]
-    """(row, layer) -> which of `layers`, and where in it."""
-    layers: tuple[tuple[HostCopy, HostCopy, HostCopy, HostCopy], ...]
+    place: dict[tuple[int, int], int]
+    """(row, layer) -> which line of `packed`."""
+    packed: HostCopy
 
     def read(self, row: int) -> StepAudit:
-        """One row's; waits for the copies."""
-        asked = self.rows[row]
-        verdicts, num_unread = [], 0
-        for layer in asked.layers:
-            part, at = self.place[row, layer]
-            counts, shares, missing, masses = (copy.read()[at].tolist() for copy in self.layers[part])
-            verdicts.append(_verdict(counts, shares, missing, masses))
-            num_unread += counts[2]
-        return StepAudit(asked.position, tuple(verdicts), num_unread)
+        """One row's; waits for the copy."""
+        asked, lines = self.rows[row], self.packed.read()
+        found = [_verdict(lines[self.place[row, layer]]) for layer in asked.layers]
+        num_unread = sum(unread for _, unread in found)
+        return StepAudit(asked.position, asked.layers, tuple(verdict for verdict, _ in found), num_unread)
+
+
+@dataclass(frozen=True)
+class LayerTap:
+    """What some of the audited rows (`members`) left in one layer."""
+
+    layer: int
+    members: tuple[int, ...]
+    query: Tensor  # f32 [m, H, D]
+    weights: Tensor  # f32 [m, H]
+    selected: Tensor  # i64 [m, k]
+    scores: Tensor  # f32 [m, k]
+
+
+def members_by_layer(rows: Seq[AuditRow]) -> dict[int, tuple[int, ...]]:
+    """Which rows are looked at in each layer, both ascending."""
+    layers = sorted({layer for row in rows for layer in row.layers})
+    return {layer: tuple(at for at, row in enumerate(rows) if layer in row.layers) for layer in layers}
 
 
 class DeviceAudit:
@@ -95,42 +116,45 @@ class DeviceAudit:
         """
         memory = self._memory
         blocks = memory.geometry.num_blocks(max(row.position for row in rows) + 1)
-        slots = upload(torch.tensor([row.slot for row in rows]).numpy(), memory.device)
+        slots = upload(np.array([row.slot for row in rows]), memory.device)
         keys = memory.tables[Table.KEYS][:, :blocks].index_select(0, slots)
         offsets = memory.tables[Table.ARENA][:, :blocks].index_select(0, slots)
         is_absent = (keys == NOT_RESIDENT) & (offsets != NO_ARENA)
         at = torch.div(offsets, memory.geometry.slot_bytes, rounding_mode="floor")
         return torch.where(is_absent, at, NOT_RESIDENT).int()
 
-    def start(self, rows: Seq[AuditRow], absent: Tensor, tap: "TapTensors") -> AuditCopies:
-        """Score the absent blocks of every row and layer, and start bringing the verdicts to the host."""
-        visible = torch.tensor([(row.position + 1) // C4_RATIO for row in rows])
-        visible = upload(visible.numpy(), self._memory.device)
-        by_layer: dict[int, list[int]] = defaultdict(list)
-        for at, row in enumerate(rows):
-            for layer in row.layers:
-                by_layer[layer].append(at)
-        place: dict[tuple[int, int], tuple[int, int]] = {}
-        copies = []
-        for part, (layer, members) in enumerate(sorted(by_layer.items())):
-            place |= {(row, layer): (part, at) for at, row in enumerate(members)}
-            chosen = upload(torch.tensor(members).numpy(), self._memory.device)
-            found = self._verdicts(layer, absent[chosen], visible[chosen], tap.rows(chosen).layer(layer))
-            copies.append(
-                (
-                    HostCopy.of(found.counts),
-                    HostCopy.of(found.shares),
-                    HostCopy.of(found.missing),
-                    HostCopy.of(found.masses),
-                )
-            )
-        return AuditCopies(tuple(rows), place, tuple(copies))
+    def start(self, rows: Seq[AuditRow], absent: Tensor, taps: Seq[LayerTap]) -> AuditCopies:
+        """Score the absent blocks of every row and layer, and start bringing the verdicts to the host.
 
-    def _verdicts(self, layer: int, absent: Tensor, visible: Tensor, tap: "TapTensors") -> Verdicts:
+        Scored layer by layer, ranked and merged all at once: a step costs few launches, however many rows.
+        """
+        pairs = [(row, tap.layer) for tap in taps for row in tap.members]
+        chosen = upload(np.array([row for row, _ in pairs]), self._memory.device)
+        visible = upload(np.array([(row.position + 1) // C4_RATIO for row in rows]), self._memory.device)
+        absent, visible = absent[chosen], visible[chosen]
+        scores, first = [], 0
+        for tap in taps:
+            part = slice(first, first + len(tap.members))
+            scores.append(self._scores(tap, absent[part], visible[part]))
+            first += len(tap.members)
+        verdicts = self._verdicts(
+            torch.cat(scores),
+            absent,
+            visible,
+            (torch.cat([tap.selected for tap in taps]), torch.cat([tap.scores for tap in taps])),
+        )
+        place = {pair: line for line, pair in enumerate(pairs)}
+        return AuditCopies(tuple(rows), place, HostCopy.of(verdicts.packed()))
+
+    def _scores(self, tap: LayerTap, absent: Tensor, visible: Tensor) -> Tensor:
         geometry = self._memory.geometry
-        offset = geometry.keys_offset + layer * geometry.keys_plane_bytes
+        offset = geometry.keys_offset + tap.layer * geometry.keys_plane_bytes
         pool = KeyPool(self._slots, offset, key_layout(geometry))
-        scores = native_indexer(tap.query, tap.weights, pool, block_table=absent, visible=visible)
+        return native_indexer(tap.query, tap.weights, pool, block_table=absent, visible=visible)
+
+    def _verdicts(
+        self, scores: Tensor, absent: Tensor, visible: Tensor, resident: tuple[Tensor, Tensor]
+    ) -> Verdicts:
         by_block = scores.view(len(absent), -1, BLOCK_ENTRIES)
         entry = torch.arange(scores.shape[1], device=scores.device)
         is_scored = (entry < visible[:, None]).view_as(by_block) & (absent >= 0)[..., None]
@@ -138,34 +162,7 @@ class DeviceAudit:
         by_block.masked_fill_(unread[..., None], -torch.inf)
         best = select_topk(scores, self._topk)  # ascending: of equal scores the lower entries
         best_scores = scores.gather(1, best.clamp(min=0)).masked_fill(best < 0, -torch.inf)
-        return merge_verdicts(
-            (tap.selected, tap.scores), (best, best_scores), topk=self._topk, num_unread=unread.sum(1)
-        )
-
-
-@dataclass(frozen=True)
-class TapTensors:
-    """What n rows left in some layers: [n, T, ...], or [n, ...] of one layer."""
-
-    query: Tensor  # f32 [..., H, D]
-    weights: Tensor  # f32 [..., H]
-    selected: Tensor  # i64 [..., k]
-    scores: Tensor  # f32 [..., k]
-
-    def rows(self, chosen: Tensor) -> "TapTensors":
-        """Of some rows, i64 [m]."""
-        return TapTensors(
-            self.query[chosen], self.weights[chosen], self.selected[chosen], self.scores[chosen]
-        )
-
-    def layer(self, layer: int) -> "TapTensors":
-        """One layer's."""
-        return TapTensors(
-            self.query[:, layer].contiguous(),
-            self.weights[:, layer].contiguous(),
-            self.selected[:, layer],
-            self.scores[:, layer],
-        )
+        return merge_verdicts(resident, (best, best_scores), topk=self._topk, num_unread=unread.sum(1))
 
 
 def merge_verdicts(
@@ -198,16 +195,20 @@ def merge_verdicts(
     )
 
 
-def _verdict(counts: list[int], shares: list[float], missing: list[int], masses: list[float]) -> AuditVerdict:
+def _verdict(line: Tensor) -> tuple[AuditVerdict, int]:
+    """One pair's, packed f64, and how many of its blocks were unread."""
+    evidence, resident, unread, missed_mass, recall = line[:NUM_HEAD].tolist()
     mass_by_block: dict[BlockIdx, float] = {}
-    for entry, mass in zip(missing, masses, strict=True):
-        if entry >= 0:
-            block = BlockIdx(entry // BLOCK_ENTRIES)
-            mass_by_block[block] = mass_by_block.get(block, 0.0) + mass
+    if resident < evidence:
+        missing, masses = line[NUM_HEAD:].view(2, -1).tolist()
+        for entry, mass in zip(missing, masses, strict=True):
+            if entry >= 0:
+                block = BlockIdx(int(entry) // BLOCK_ENTRIES)
+                mass_by_block[block] = mass_by_block.get(block, 0.0) + mass
     return AuditVerdict(
-        num_evidence=counts[0],
-        num_evidence_resident=counts[1],
-        missed_mass=shares[0],
-        recall_at_k=shares[1],
+        num_evidence=int(evidence),
+        num_evidence_resident=int(resident),
+        missed_mass=missed_mass,
+        recall_at_k=recall,
         missing=tuple(sorted(mass_by_block.items(), key=lambda item: (-item[1], item[0]))),
-    )
+    ), int(unread)

@@ -18,6 +18,7 @@ class DecodeRow:
 
     `pulls`: it has staging blocks, so that absent rows can be fetched. `audit_layers`: c4 layers in which a
     device that can (Device.makes_audits) looks at what this step could not see; if the row wants a tap.
+    `is_told`: the host wants more of the tap than the audit.
     """
 
     slot: int
@@ -27,6 +28,7 @@ class DecodeRow:
     wants_tap: bool
     pulls: bool
     audit_layers: tuple[int, ...] = ()
+    is_told: bool = True
 
 
 @dataclass(frozen=True)

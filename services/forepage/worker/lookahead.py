@@ -24,6 +24,7 @@ from forepage.worker.questions import (
     audit_messages,
     audit_steps,
     audited_layers,
+    layers_of_step,
     lookahead_request,
     num_candidates,
     predict_message,
@@ -69,6 +70,7 @@ class Lookahead:
         self._auditing = auditing
         self._residency = residency
         self._ids = itertools.count(1)
+        self._steps = 0
         self._asked: dict[int, _Asked] = {}
 
     def ask_first(self, sequence: Sequence, tap: StepTap) -> bool:
@@ -83,15 +85,24 @@ class Lookahead:
             return False
         return step >= state.next_boundary or step in state.audit_steps
 
+    def begin_step(self) -> None:
+        """A decode step of the batch is about to be launched: its audits look at layers of its own."""
+        self._steps += 1
+
     def device_audit(self, sequence: Sequence, step: int) -> tuple[int, ...]:
-        """In which c4 layers the device audits the sequence's step-th decode step, about to be launched."""
+        """In which c4 layers the device audits the sequence's step-th decode step, about to be launched.
+
+        The same for all sequences of a step, so that their audits are few launches; for a step that is made
+        again those of the first time.
+        """
         if not self._parts.device.makes_audits or not self.wants_tap(sequence, step):
             return ()
         if not _is_audited(sequence) or sequence.resident.keys_complete:
             return ()
-        num_c4 = len(self._parts.geometry.c4_layers)
-        num_tokens = sequence.num_launched + 1
-        return tuple(audited_layers(sequence, self._parts.settings, num_c4, num_tokens=num_tokens))
+        state, num_c4 = sequence.lookahead, len(self._parts.geometry.c4_layers)
+        if not state.is_redone:
+            state.audit_layers = layers_of_step(self._steps, self._parts.settings.audit_layers, num_c4)
+        return state.audit_layers
 
     def holds_token(self, sequence: Sequence, step: int) -> bool:
         """Whether the step-th step's token waits for the verdict: of the first ones."""

@@ -71,7 +71,8 @@ class LookaheadState:
     `prompt` which blocks held evidence for the prompt's last tokens, and the largest share of it,
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
-    `is_redone`: the step that found the miss gave no token, and is made again after the repair.
+    `is_redone`: the step that found the miss gave no token, and is made again after the repair; it is audited
+    in the same layers, `audit_layers`.
     `repair_since` is the audited position a repair under way is for; audits of positions before
     `audits_from` saw the set from before the last one. For who watches: `just_loaded` are the blocks that
     the newest change brought, `missed` those that held evidence and were absent at the newest audited step.
@@ -89,6 +90,7 @@ class LookaheadState:
     rebalance_due: bool = False
     repair_since: int | None = None
     is_redone: bool = False
+    audit_layers: tuple[int, ...] = ()
     audits_from: int = 0
     want_exact: bool = False
     just_loaded: frozenset[int] = frozenset()

@@ -21,7 +21,7 @@ from forepage.model.indexer import IndexerTap
 from forepage.model.transformer import StepOutput
 from forepage.telemetry import Telemetry
 from forepage.worker.decode_graph import DecodeGraph, DecodeGraphs, StepShape, StepTensors
-from forepage.worker.device_audit import AuditCopies, AuditRow, DeviceAudit, TapTensors
+from forepage.worker.device_audit import AuditCopies, AuditRow, DeviceAudit, LayerTap, members_by_layer
 from forepage.worker.host_copy import HostCopy, upload
 from forepage.worker.launched_step import DecodeRow, StepResult
 from forepage.worker.rank_device import RankDevice
@@ -48,28 +48,59 @@ def padded_blocks(num_blocks: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class TapCopies:
-    """What R of a step's rows leave for the lookahead, T c4 layers each, on its way to the host."""
+class ToldCopies:
+    """Attention inputs of R rows, and what their T indexers asked and chose, on the way to the host."""
 
-    place: dict[int, int]
     hidden: HostCopy  # f32 [R, L, D]
     query: HostCopy  # f32 [R, T, H, D]
     weights: HostCopy  # f32 [R, T, H]
     selected: HostCopy  # i64 [R, T, k]
     scores: HostCopy  # f32 [R, T, k]
+
+    @classmethod
+    def of(cls, output: StepOutput, rows: Seq[int]) -> "ToldCopies":
+        """Start copying: one tensor each, so few copies, however many layers."""
+        taps = output.indexer
+
+        def copied(parts: list[Tensor], like: Tensor) -> HostCopy:
+            if not parts:
+                return HostCopy.of(like.new_zeros(len(rows), 0))
+            joined = torch.stack(parts)
+            return HostCopy.of(joined.view(len(rows), len(taps), *joined.shape[1:]))
+
+        return cls(
+            hidden=HostCopy.of(torch.stack([output.hidden[row] for row in rows])),
+            query=copied([tap.query[row] for row in rows for tap in taps], output.logits),
+            weights=copied([tap.weights[row] for row in rows for tap in taps], output.logits),
+            selected=copied([tap.selected[row] for row in rows for tap in taps], output.pulled_rows),
+            scores=copied([tap.scores[row] for row in rows for tap in taps], output.logits),
+        )
+
+    def taps(self, at: int) -> list[IndexerTap]:
+        """One row's, by layer."""
+        query, weights = self.query.read()[at], self.weights.read()[at]
+        selected, scores = self.selected.read()[at], self.scores.read()[at]
+        one = [slice(layer, layer + 1) for layer in range(query.shape[0])]
+        return [IndexerTap(query[layer], weights[layer], selected[layer], scores[layer]) for layer in one]
+
+
+@dataclass(frozen=True)
+class TapCopies:
+    """What some of a step's rows leave for the lookahead, on its way to the host."""
+
+    place: dict[int, int]
+    told: ToldCopies | None
+    """Of rows that want more than an audit."""
     audits: AuditCopies | None
     audit_place: dict[int, int]
 
     def read(self, row: int) -> StepTap:
         """One row's; waits for the copies."""
-        at = self.place[row]
-        query, weights = self.query.read()[at], self.weights.read()[at]
-        selected, scores = self.selected.read()[at], self.scores.read()[at]
-        one = [slice(layer, layer + 1) for layer in range(query.shape[0])]
-        taps = [IndexerTap(query[layer], weights[layer], selected[layer], scores[layer]) for layer in one]
-        audited = self.audit_place.get(row)
+        audited, at = self.audit_place.get(row), self.place.get(row)
         audit = self.audits.read(audited) if self.audits is not None and audited is not None else None
-        return StepTap(self.hidden.read()[at], taps, 0, audit)
+        if self.told is None or at is None:
+            return StepTap(torch.empty(0), (), 0, audit)
+        return StepTap(self.told.hidden.read()[at], self.told.taps(at), 0, audit)
 
 
 @dataclass(frozen=True)
@@ -231,28 +262,44 @@ class PaddedDecode:
         return dict(zip(by_host, picks, strict=True))
 
     def _copy_taps(self, output: StepOutput, rows: Seq[DecodeRow]) -> TapCopies | None:
-        """On a stream of its own: the next step waits until they are gathered, not until they are across.
+        """On a stream of its own: the next step waits until they are gathered.
 
         Audits follow on that stream, beside the next step.
         """
-        wanted = [at for at, row in enumerate(rows) if row.wants_tap]
-        if not wanted:
+        told = [at for at, row in enumerate(rows) if row.wants_tap and row.is_told]
+        audited = [at for at, row in enumerate(rows) if row.audit_layers and self.audit is not None]
+        if not told and not audited:
             return None
-        audited = [at for at, row in enumerate(wanted) if rows[row].audit_layers]
-        asked = [_audit_row(rows[wanted[at]]) for at in audited]
-        audits = None
+        asked = [AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers) for at in audited]
+        audits, absent, taps = None, None, []
         with self._beside() as gathered_by:
-            hidden_states, tap = _gathered(output, wanted)
-            absent = self.audit.absent(asked) if self.audit is not None and asked else None
+            copies = ToldCopies.of(output, told) if told else None
+            if self.audit is not None and asked:
+                absent = self.audit.absent(asked)
+                taps = [
+                    self._layer_tap(output, layer, members, audited)
+                    for layer, members in members_by_layer(asked).items()
+                ]
             gathered_by()
-            hidden, query = HostCopy.of(hidden_states), HostCopy.of(tap.query)
-            weights, selected, scores = (HostCopy.of(v) for v in (tap.weights, tap.selected, tap.scores))
             if self.audit is not None and absent is not None:
-                at = upload(np.array(audited), self._memory.device)
-                audits = self.audit.start(asked, absent, tap.rows(at))
-        place = {row: at for at, row in enumerate(wanted)}
-        audit_place = {wanted[at]: n for n, at in enumerate(audited)}
-        return TapCopies(place, hidden, query, weights, selected, scores, audits, audit_place)
+                audits = self.audit.start(asked, absent, taps)
+        place = {row: at for at, row in enumerate(told)}
+        return TapCopies(place, copies, audits, {row: at for at, row in enumerate(audited)})
+
+    def _layer_tap(
+        self, output: StepOutput, layer: int, members: tuple[int, ...], audited: Seq[int]
+    ) -> LayerTap:
+        """Of the members among the audited rows of the step; copies, which the next step leaves alone."""
+        tap = output.indexer[layer]
+        rows = upload(np.array([audited[member] for member in members]), self._memory.device)
+        return LayerTap(
+            layer,
+            members,
+            query=tap.query.index_select(0, rows),
+            weights=tap.weights.index_select(0, rows),
+            selected=tap.selected.index_select(0, rows),
+            scores=tap.scores.index_select(0, rows),
+        )
 
     @contextmanager
     def _beside(self) -> Iterator[Callable[[], None]]:
@@ -264,25 +311,3 @@ class PaddedDecode:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             yield lambda: current.wait_stream(stream)
-
-
-def _audit_row(row: DecodeRow) -> AuditRow:
-    return AuditRow(row.slot, row.position, row.audit_layers)
-
-
-def _gathered(output: StepOutput, rows: Seq[int]) -> tuple[Tensor, TapTensors]:
-    """Hidden states and what the indexers left, one tensor each: few copies, however many layers."""
-    taps = output.indexer
-
-    def stacked(parts: list[Tensor], like: Tensor) -> Tensor:
-        if not parts:
-            return like.new_zeros(len(rows), 0)
-        joined = torch.stack(parts)
-        return joined.view(len(rows), len(taps), *joined.shape[1:])
-
-    return torch.stack([output.hidden[row] for row in rows]), TapTensors(
-        query=stacked([tap.query[row] for row in rows for tap in taps], output.logits),
-        weights=stacked([tap.weights[row] for row in rows for tap in taps], output.logits),
-        selected=stacked([tap.selected[row] for row in rows for tap in taps], output.pulled_rows),
-        scores=stacked([tap.scores[row] for row in rows for tap in taps], output.logits),
-    )

@@ -86,6 +86,11 @@ def audited_layers(
     return sorted(random.sample(range(num_c4), min(settings.audit_layers, num_c4)))
 
 
+def layers_of_step(step: int, count: int, num_c4: int) -> tuple[int, ...]:
+    """The c4 layers that a worker's step-th step is audited in on its own device."""
+    return tuple(sorted(Random(step).sample(range(num_c4), min(count, num_c4))))
+
+
 def audit_steps(
     sequence: Sequence, settings: WorkerSettings, first_step: int, *, on_device: bool
 ) -> set[int]:
