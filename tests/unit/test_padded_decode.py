@@ -136,6 +136,7 @@ def test_taps_are_those_of_the_step() -> None:
         step = rig.launch(taps=(0, 2))
         for row in (0, 2):
             tap = step.tap(row)
+            assert tap.hidden is not None
             assert tap.hidden.shape == (2, rig.spec.hidden_size)
             for ours, theirs in zip(tap.indexer, given[0], strict=True):
                 for name in ("query", "weights", "selected", "scores"):

@@ -1,8 +1,8 @@
 """Products in fp32 of matrices that a checkpoint stores in bf16: head, router, compressors.
 
-A product of two bf16 values is exact in fp32. So with bf16 inputs only the sum rounds on a GPU's tensor cores: to
-less than 2^-20 of the magnitudes that are summed (on an H100 some ten times an fp32 product's error, and a
-thousandth of what rounding the inputs to bf16 does), and the matrix is read in half the bytes.
+A product of two bf16 values is exact in fp32. So with bf16 inputs only the sum rounds on a GPU's tensor
+cores, to less than 2^-20 of the magnitudes that are summed (on an H100 some ten times an fp32 product's
+error, a thousandth of what rounding the inputs to bf16 does), and the matrix is read in half the bytes.
 """
 
 import torch

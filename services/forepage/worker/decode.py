@@ -117,7 +117,6 @@ class Decode:
     def _row(self, sequence: Sequence) -> DecodeRow:
         step = sequence.report.decode_steps + sequence.num_unread + 1
         audit_layers = self._lookahead.device_audit(sequence, step)
-        is_boundary = step >= sequence.lookahead.next_boundary
         return DecodeRow(
             slot=sequence.holds.slot,
             position=sequence.num_launched,
@@ -126,7 +125,9 @@ class Decode:
             wants_tap=sequence.request.reads or self._lookahead.wants_tap(sequence, step),
             pulls=bool(sequence.holds.staging_ids),
             audit_layers=audit_layers,
-            is_told=sequence.request.reads or is_boundary or not audit_layers,
+            wants_hidden=step >= sequence.lookahead.next_boundary,
+            wants_indexer=sequence.request.reads
+            or self._lookahead.reads_indexer(sequence, by_device=bool(audit_layers)),
         )
 
     def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:

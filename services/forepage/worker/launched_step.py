@@ -18,7 +18,7 @@ class DecodeRow:
 
     `pulls`: it has staging blocks, so that absent rows can be fetched. `audit_layers`: c4 layers in which a
     device that can (Device.makes_audits) looks at what this step could not see; if the row wants a tap.
-    `is_told`: the host wants more of the tap than the audit.
+    Of its tap the host may want the attention inputs, for a plan, and what the indexers chose.
     """
 
     slot: int
@@ -28,7 +28,8 @@ class DecodeRow:
     wants_tap: bool
     pulls: bool
     audit_layers: tuple[int, ...] = ()
-    is_told: bool = True
+    wants_hidden: bool = True
+    wants_indexer: bool = True
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,11 @@ class Lookahead:
             state.audit_layers = layers_of_step(self._steps, self._parts.settings.audit_layers, num_c4)
         return state.audit_layers
 
+    def reads_indexer(self, sequence: Sequence, *, by_device: bool) -> bool:
+        """Whether the host looks at what a tapped step chose: to audit it, unless the device does."""
+        in_exact = sequence.guard.exact and sequence.request.mode is ResidencyMode.GUARDED
+        return in_exact or (_is_audited(sequence) and not by_device)
+
     def holds_token(self, sequence: Sequence, step: int) -> bool:
         """Whether the step-th step's token waits for the verdict: of the first ones."""
         is_guarded = sequence.request.mode is ResidencyMode.GUARDED
@@ -118,12 +123,12 @@ class Lookahead:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""
         state, settings = sequence.lookahead, self._parts.settings
         step = sequence.report.decode_steps
-        is_boundary = step >= state.next_boundary
+        is_boundary = step >= state.next_boundary and tap.hidden is not None
         if not self.wants_tap(sequence, step):
             return
         is_guarded = sequence.request.mode is ResidencyMode.GUARDED
         if is_boundary:
-            if is_guarded and sequence.guard.exact and sequence.holds.staging_ids:
+            if is_guarded and sequence.guard.exact and sequence.holds.staging_ids and tap.indexer:
                 self._auditing.shadow(sequence, tap, self._layers(sequence))
             self._end_of_interval(sequence)
             self._begin_interval(sequence)
@@ -135,7 +140,7 @@ class Lookahead:
             self._residency.start_fill(sequence)
         predict = is_boundary and sequence.room is not Room.FILLING
         audit = _is_audited(sequence) and not sequence.resident.keys_complete
-        self._ask(sequence, tap, predict=predict, audit=audit and tap.audit is None)
+        self._ask(sequence, tap, predict=predict, audit=audit and tap.audit is None and bool(tap.indexer))
 
     def on_reply(self, reply: pb.LookaheadReply) -> None:
         """A reply of the index: its audits count, its plan too if it is of the newest question."""

@@ -48,17 +48,16 @@ def padded_blocks(num_blocks: int, most: int) -> int:
 
 
 @dataclass(frozen=True)
-class ToldCopies:
-    """Attention inputs of R rows, and what their T indexers asked and chose, on the way to the host."""
+class IndexerCopies:
+    """What the T indexers of R rows asked and chose, on the way to the host."""
 
-    hidden: HostCopy  # f32 [R, L, D]
     query: HostCopy  # f32 [R, T, H, D]
     weights: HostCopy  # f32 [R, T, H]
     selected: HostCopy  # i64 [R, T, k]
     scores: HostCopy  # f32 [R, T, k]
 
     @classmethod
-    def of(cls, output: StepOutput, rows: Seq[int]) -> "ToldCopies":
+    def of(cls, output: StepOutput, rows: Seq[int]) -> "IndexerCopies":
         """Start copying: one tensor each, so few copies, however many layers."""
         taps = output.indexer
 
@@ -69,7 +68,6 @@ class ToldCopies:
             return HostCopy.of(joined.view(len(rows), len(taps), *joined.shape[1:]))
 
         return cls(
-            hidden=HostCopy.of(torch.stack([output.hidden[row] for row in rows])),
             query=copied([tap.query[row] for row in rows for tap in taps], output.logits),
             weights=copied([tap.weights[row] for row in rows for tap in taps], output.logits),
             selected=copied([tap.selected[row] for row in rows for tap in taps], output.pulled_rows),
@@ -86,21 +84,29 @@ class ToldCopies:
 
 @dataclass(frozen=True)
 class TapCopies:
-    """What some of a step's rows leave for the lookahead, on its way to the host."""
+    """What some of a step's rows leave for the lookahead, on its way to the host.
 
-    place: dict[int, int]
-    told: ToldCopies | None
-    """Of rows that want more than an audit."""
+    Each part is of some rows only: attention inputs f32 [R, L, D] for a plan, the indexers' choices for
+    whoever looks at them on the host, audits.
+    """
+
+    rows_of_hidden: dict[int, int]
+    hidden: HostCopy | None
+    rows_of_indexer: dict[int, int]
+    indexer: IndexerCopies | None
+    rows_of_audits: dict[int, int]
     audits: AuditCopies | None
-    audit_place: dict[int, int]
 
     def read(self, row: int) -> StepTap:
         """One row's; waits for the copies."""
-        audited, at = self.audit_place.get(row), self.place.get(row)
-        audit = self.audits.read(audited) if self.audits is not None and audited is not None else None
-        if self.told is None or at is None:
-            return StepTap(torch.empty(0), (), 0, audit)
-        return StepTap(self.told.hidden.read()[at], self.told.taps(at), 0, audit)
+        hidden, taps, audit = None, [], None
+        if self.hidden is not None and (at := self.rows_of_hidden.get(row)) is not None:
+            hidden = self.hidden.read()[at]
+        if self.indexer is not None and (at := self.rows_of_indexer.get(row)) is not None:
+            taps = self.indexer.taps(at)
+        if self.audits is not None and (at := self.rows_of_audits.get(row)) is not None:
+            audit = self.audits.read(at)
+        return StepTap(hidden, taps, 0, audit)
 
 
 @dataclass(frozen=True)
@@ -266,14 +272,19 @@ class PaddedDecode:
 
         Audits follow on that stream, beside the next step.
         """
-        told = [at for at, row in enumerate(rows) if row.wants_tap and row.is_told]
-        audited = [at for at, row in enumerate(rows) if row.audit_layers and self.audit is not None]
-        if not told and not audited:
+        wanted = [(at, row) for at, row in enumerate(rows) if row.wants_tap]
+        for_plans = [at for at, row in wanted if row.wants_hidden]
+        for_host = [at for at, row in wanted if row.wants_indexer]
+        audited = [at for at, row in wanted if row.audit_layers and self.audit is not None]
+        if not wanted:
             return None
         asked = [AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers) for at in audited]
-        audits, absent, taps = None, None, []
+        hidden, indexer, audits, absent, taps = None, None, None, None, []
         with self._beside() as gathered_by:
-            copies = ToldCopies.of(output, told) if told else None
+            if for_plans:
+                hidden = HostCopy.of(torch.stack([output.hidden[at] for at in for_plans]))
+            if for_host:
+                indexer = IndexerCopies.of(output, for_host)
             if self.audit is not None and asked:
                 absent = self.audit.absent(asked)
                 taps = [
@@ -283,8 +294,7 @@ class PaddedDecode:
             gathered_by()
             if self.audit is not None and absent is not None:
                 audits = self.audit.start(asked, absent, taps)
-        place = {row: at for at, row in enumerate(told)}
-        return TapCopies(place, copies, audits, {row: at for at, row in enumerate(audited)})
+        return TapCopies(_places(for_plans), hidden, _places(for_host), indexer, _places(audited), audits)
 
     def _layer_tap(
         self, output: StepOutput, layer: int, members: tuple[int, ...], audited: Seq[int]
@@ -311,3 +321,8 @@ class PaddedDecode:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             yield lambda: current.wait_stream(stream)
+
+
+def _places(rows: Seq[int]) -> dict[int, int]:
+    """By row, which of these it is."""
+    return {row: at for at, row in enumerate(rows)}

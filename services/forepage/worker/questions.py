@@ -40,6 +40,7 @@ def lookahead_request(
 
 def predict_message(sequence: Sequence, tap: StepTap, *, num_blocks: int) -> pb.Predict:
     """Ask which of blocks 0..num_blocks-1 the next interval wants, after the step that left `tap`."""
+    assert tap.hidden is not None
     return pb.Predict(
         num_candidates=num_blocks,
         budget_blocks=sequence.guard.budget_blocks,

@@ -46,10 +46,11 @@ Emit = Callable[[pb.GenerateEvent], None]
 class StepTap:
     """What one step left for one sequence: attention inputs f32 [L, D], indexer taps by c4 layer, its row.
 
-    `audit` is there if the device was asked what the step missed.
+    `audit` is there if the device was asked what the step missed. Of a step on a GPU there is only what was
+    wanted of it (DecodeRow): `hidden` for a plan, taps for whoever looks at them here.
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
     indexer: Seq[IndexerTap]
     row: int
     audit: StepAudit | None = None
