@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from forepage.kv.geometry import C4_RATIO
+from forepage.model.fp32_linear import fp32_linear
 from forepage.model.rope import Rotation
 from forepage.model.spec import ModelSpec
 from forepage.model.weights import side_by_side
@@ -37,9 +37,9 @@ class EntryTarget:
 
 @dataclass(frozen=True)
 class Compressor:
-    """One compressor's weights, fp32; C channels per token: 2 * dims when windows overlap, else dims."""
+    """One compressor's weights; C channels per token: 2 * dims when windows overlap, else dims."""
 
-    w_kv_gate: Tensor  # [2 * C, D]
+    w_kv_gate: Tensor  # f32|bf16 [2 * C, D]
     position_bias: Tensor  # [ratio, C]
     norm: Tensor  # [dims]
     ratio: int
@@ -82,7 +82,7 @@ class Compressor:
         Shapes: x [B, D], state f32 [num_slots, 2, ring, C], slots and positions i64 [B].
         """
         compress_token(
-            F.linear(x.float(), self.w_kv_gate),
+            fp32_linear(x, self.w_kv_gate),
             state,
             slots,
             positions,
@@ -110,7 +110,7 @@ class Compressor:
 
     def _project(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [n, D] -> (kv, gate with position bias) f32 [n, 2, C]."""
-        kv, gate = F.linear(x.float(), self.w_kv_gate).chunk(2, dim=-1)
+        kv, gate = fp32_linear(x, self.w_kv_gate).chunk(2, dim=-1)
         return torch.stack((kv, gate + self.position_bias[positions % self.ratio]), dim=1)
 
     def _open_tokens(self, state: Tensor, start: int) -> Tensor:

@@ -55,4 +55,13 @@ class HeldForm:
         if dtype is not None and self.keeps(entry, dtype, span):
             yield from stored_parts(name, entry, dtype, span)
         else:
-            yield name, StoredTensor(fixed_dtype(entry.role) or self.plain, span.shape(len(entry.shape)))
+            yield name, StoredTensor(self.plain_dtype(entry.role, dtype), span.shape(len(entry.shape)))
+
+    def plain_dtype(self, role: Role, dtype: str | None = None) -> str:
+        """In which dtype a tensor is held plain, of a file that has it in `dtype` (None: it is in no file).
+
+        What is multiplied in fp32 keeps all its bits: bf16 is enough where a release stores it so.
+        """
+        if role is Role.FP32_MATRIX and self.plain == "BF16" and dtype in (None, "BF16"):
+            return "BF16"
+        return fixed_dtype(role) or self.plain

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forepage.model.experts import Experts, clamped_swiglu, experts_of
+from forepage.model.fp32_linear import fp32_linear
 from forepage.model.rank_group import ALONE, RankGroup
 from forepage.model.spec import ModelSpec
 from forepage.model.tensor_parallel import rank_experts
@@ -23,7 +24,7 @@ _MIN_WEIGHT_SUM = 1e-20
 class Gate:
     """Which experts a token goes to, and how much each counts.
 
-    weight f32 [E, D]; expert_ids i64 [vocab, k] in hash layers, else bias f32 [E].
+    weight f32|bf16 [E, D]; expert_ids i64 [vocab, k] in hash layers, else bias f32 [E].
     """
 
     weight: Tensor
@@ -33,7 +34,7 @@ class Gate:
 
     def route(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x [n, D], tokens i64 [n] -> experts i64 [n, k], weights f32 [n, k]."""
-        scores = F.softplus(F.linear(x.float(), self.weight)).sqrt()  # [n, E]
+        scores = F.softplus(fp32_linear(x, self.weight)).sqrt()  # [n, E]
         if self.expert_ids is not None:
             experts = self.expert_ids[tokens]
         else:

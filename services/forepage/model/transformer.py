@@ -17,6 +17,7 @@ from torch import Tensor
 from forepage.errors import ModelFormatError
 from forepage.kv.geometry import KvGeometry
 from forepage.model.attention import Attended, Attention
+from forepage.model.fp32_linear import fp32_linear
 from forepage.model.hyper_connections import HyperConnection, HyperHead, expand
 from forepage.model.indexer import IndexerTap
 from forepage.model.kv_pools import DecodeBatch, KvPools, PoolLayers, PrefillChunk
@@ -204,7 +205,7 @@ class Transformer:
     def _logits(self, streams: Tensor) -> Tensor:
         """[n, S, D] -> f32 [n, vocab]."""
         y = self._hyper_head.collapse(streams)
-        return F.linear(rms_norm(y, self._norm, self.spec.norm_eps).float(), self._head)
+        return fp32_linear(rms_norm(y, self._norm, self.spec.norm_eps), self._head)
 
 
 def advance_prefill(parts: PrefillParts, num_parts: int) -> StepOutput | None:
