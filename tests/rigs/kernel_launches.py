@@ -93,12 +93,25 @@ def run_select_topk(entries: int, k: int) -> None:
     select_topk.select_topk(torch.zeros(1, entries), k)
 
 
-def run_sparse_decode(layout: RowLayout, heads: int, selected: int, dtype: torch.dtype) -> None:
+def run_sparse_decode(
+    layout: RowLayout,
+    heads: int,
+    selected: int,
+    dtype: torch.dtype,
+    tile: sparse_decode.Tile | None = None,
+) -> None:
     pool = row_pool(layout) if selected else None
     window = row_pool(RowLayout(128, layout.nope_dims, layout.rope_dims, "fp8"))
     q = torch.zeros(2, heads, layout.head_dim, dtype=dtype)
     sparse_decode.sparse_decode(
-        q, pool, i64(2, selected), window, i64(2, 128), torch.zeros(heads), softmax_scale=0.1
+        q,
+        pool,
+        i64(2, selected),
+        window,
+        i64(2, 128),
+        torch.zeros(heads),
+        softmax_scale=0.1,
+        tile=tile,
     )
 
 
