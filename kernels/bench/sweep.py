@@ -21,8 +21,11 @@ from bench import flash
 from bench.attention import BF16_TOLERANCE, filled_pool
 from bench.case import Call, Ceiling, WrongResultError, worst_error
 from bench.ceilings import measure_ceilings
+from bench.scoring import random_keys
 from bench.timing import time_us
 from forepage_kernels.layout import RowPool
+from forepage_kernels.memory_indexer import kernel as memory_indexer
+from forepage_kernels.memory_indexer.reference import memory_indexer as memory_indexer_reference
 from forepage_kernels.sparse_decode import kernel as sparse_decode
 from forepage_kernels.sparse_decode.reference import sparse_decode as sparse_decode_reference
 
@@ -30,9 +33,14 @@ DECODE_BATCHES = (1, 16, 64, 85, 128, 256)
 LONG_ROWS, LONG_BATCHES = 8_192, (1, 4, 27)
 """What a c128 layer attends at 1M tokens."""
 POOL_BLOCKS = 4_096
+HISTORY_ENTRIES, SHORT_ENTRIES = 262_144, 24_576
+INDEXED = ((1, SHORT_ENTRIES), (1, HISTORY_ENTRIES), (4, HISTORY_ENTRIES))
+CHECKED_BLOCKS = 128
 VOCABULARY, HIDDEN = 129_280, 4_096
 HEAD_BATCHES = (1, 16, 64, 128, 256)
 CHECKED_OUTPUTS = 4_096
+SCORE_TOLERANCE = 2e-5
+"""As the tests have it for fp32: only the order of sums differs."""
 HEAD_TOLERANCE = 3e-5
 """4,096 columns in steps of 16, each rounding at 2^-23: what `fp32_linear` promises."""
 CHECKED_BATCH = 4
@@ -94,10 +102,63 @@ def variants(device: torch.device) -> Iterator[Variant]:
         yield from _decode_variants(pool, batch, flash.TOPK, device)
     for batch in LONG_BATCHES:
         yield from _decode_variants(pool, batch, LONG_ROWS, device)
+    for batch, entries in INDEXED:
+        yield from _memory_variants(batch, entries, device)
     weight = torch.randn(VOCABULARY, HIDDEN, device=device).bfloat16()
     wide = weight.float()
     for batch in HEAD_BATCHES:
         yield from _head_variants(batch, weight, wide)
+
+
+STREAMS: Sequence[tuple[str, memory_indexer.Stream | None]] = (
+    ("tile by tile", None),
+    ("64 entries", memory_indexer.Stream()),
+    ("64 entries, 2 stages", memory_indexer.Stream(stages=2, registers=168)),
+    ("64 entries, 3 stages, 2 an SM", memory_indexer.Stream(stages=3, programs=264)),
+    ("64 entries, 2 waves", memory_indexer.Stream(programs=792)),
+    ("128 entries, 8 warps", memory_indexer.Stream(entries=128, warps=8, programs=132)),
+    ("128 entries, 8 warps, 2 stages", memory_indexer.Stream(entries=128, warps=8, stages=2, programs=132)),
+)
+
+
+def _memory_variants(batch: int, entries: int, device: torch.device) -> Iterator[Variant]:
+    blocks, layers, heads = entries // flash.BLOCK_ENTRIES, flash.MEMORY_LAYERS, flash.MEMORY_HEADS
+    keys = random_keys(batch * blocks, layers, device).flatten()
+    planes = torch.arange(batch * blocks * layers, device=device).view(batch, blocks, layers)
+    planes = planes * flash.KEYS.plane_bytes
+    queries = torch.randn(batch, layers, heads, flash.INDEX_DIMS, device=device, dtype=torch.bfloat16)
+    weights = torch.randn(batch, layers, heads, device=device) * (flash.INDEX_DIMS * heads) ** -0.5
+    wanted = memory_indexer_reference(
+        queries.float(),
+        weights,
+        keys,
+        layout=flash.KEYS,
+        plane_offsets=planes[:, :CHECKED_BLOCKS].contiguous(),
+        threshold=0.0,
+    )
+
+    def score(stream: memory_indexer.Stream | None) -> Tensor:
+        return memory_indexer.memory_indexer(
+            queries, weights, keys, layout=flash.KEYS, plane_offsets=planes, threshold=0.0, stream=stream
+        )
+
+    def check(stream: memory_indexer.Stream | None) -> float:
+        got = score(stream)
+        if not torch.equal(got, score(stream)):
+            raise WrongResultError("memory_indexer: the same call gave other bits")
+        return worst_error("memory_indexer", got[:, : wanted.shape[1]], wanted, tolerance=SCORE_TOLERANCE)
+
+    num_scored = batch * entries * layers
+    for name, stream in STREAMS:
+        yield Variant(
+            kernel="memory_indexer",
+            shape=f"{batch} x {entries} entries x {layers} layers",
+            name=name,
+            call=partial(score, stream),
+            check=partial(check, stream),
+            num_bytes=num_scored * (flash.KEYS.value_bytes + flash.KEYS.scale_bytes),
+            flops=2 * num_scored * heads * flash.INDEX_DIMS,
+        )
 
 
 def _head_variants(batch: int, weight: Tensor, wide: Tensor) -> Iterator[Variant]:

@@ -70,9 +70,10 @@ VARIANTS: dict[str, Variant] = {
     "gather_blocks-odd": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(1008)),
     "gather_rows": (gather_rows, "copy_rows", lambda: run_gather_rows(FLASH)),
     "gather_rows-fp32": (gather_rows, "copy_rows", lambda: run_gather_rows(RowLayout(1, 64, 64, "fp32"))),
-    "memory_indexer": (memory_indexer, "score_entries", lambda: run_memory_indexer(128, 3, F32)),
-    "memory_indexer-bf16": (memory_indexer, "score_entries", lambda: run_memory_indexer(64, 3, BF16)),
-    "memory_indexer-ones": (memory_indexer, "score_entries", lambda: run_memory_indexer(1, 1, F32)),
+    "memory_indexer": (memory_indexer, "stream_entries", lambda: run_memory_indexer(128, 3, F32)),
+    "memory_indexer-bf16": (memory_indexer, "stream_entries", lambda: run_memory_indexer(64, 3, BF16)),
+    "memory_indexer-129-heads": (memory_indexer, "score_entries", lambda: run_memory_indexer(129, 3, F32)),
+    "memory_indexer-ones": (memory_indexer, "stream_entries", lambda: run_memory_indexer(1, 1, F32)),
     "memory_indexer-mxfp4": (
         memory_indexer,
         "score_entries",
