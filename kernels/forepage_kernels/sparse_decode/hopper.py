@@ -148,6 +148,7 @@ def attend_overlapped(
         product = warpgroup_mma(p_shared, rows, acc, is_async=True)
 
     acc = warpgroup_mma_wait(0, [product])
+    thread_barrier()  # what follows may use the buffers' memory
     top = gl.convert_layout(top, gl.SliceLayout(1, acc_of))
     total = gl.convert_layout(total, gl.SliceLayout(1, acc_of))
     head = first_head + gl.arange(0, HEADS, gl.SliceLayout(1, acc_of))
