@@ -26,6 +26,8 @@ from bench.timing import time_us
 from forepage_kernels.layout import RowPool
 from forepage_kernels.memory_indexer import kernel as memory_indexer
 from forepage_kernels.memory_indexer.reference import memory_indexer as memory_indexer_reference
+from forepage_kernels.mix_streams import MixParameters, collapse_streams, project_streams
+from forepage_kernels.mix_streams import reference as mix_streams_reference
 from forepage_kernels.sparse_decode import kernel as sparse_decode
 from forepage_kernels.sparse_decode.reference import sparse_decode as sparse_decode_reference
 
@@ -38,6 +40,7 @@ INDEXED = ((1, SHORT_ENTRIES), (1, HISTORY_ENTRIES), (4, HISTORY_ENTRIES))
 CHECKED_BLOCKS = 128
 VOCABULARY, HIDDEN = 129_280, 4_096
 HEAD_BATCHES = (1, 16, 64, 128, 256)
+STREAM_BATCHES = (1, 64, 256)
 CHECKED_OUTPUTS = 4_096
 SCORE_TOLERANCE = 2e-5
 """As the tests have it for fp32: only the order of sums differs."""
@@ -108,6 +111,8 @@ def variants(device: torch.device) -> Iterator[Variant]:
     wide = weight.float()
     for batch in HEAD_BATCHES:
         yield from _head_variants(batch, weight, wide)
+    for batch in STREAM_BATCHES:
+        yield from _stream_variants(batch, device)
 
 
 STREAMS: Sequence[tuple[str, memory_indexer.Stream | None]] = (
@@ -182,6 +187,39 @@ def _head_variants(batch: int, weight: Tensor, wide: Tensor) -> Iterator[Variant
             check=partial(check, call),
             num_bytes=weight.nbytes + x.nbytes + 4 * batch * weight.shape[0],
             flops=2 * batch * weight.numel(),
+        )
+
+
+def _stream_variants(batch: int, device: torch.device) -> Iterator[Variant]:
+    """A hyper-connection's way in: streams times its matrix, then what `collapse_streams` makes of that."""
+    num_streams = 4
+    width = (2 + num_streams) * num_streams
+    streams = torch.randn(batch, num_streams, HIDDEN, device=device).bfloat16()
+    fn = torch.randn(width, num_streams * HIDDEN, device=device) * (num_streams * HIDDEN) ** -0.5
+    norm_weight = torch.rand(HIDDEN, device=device) + 0.5
+    how = MixParameters(torch.randn(width, device=device), torch.ones(3, device=device), 1e-6, 1e-6, 20)
+    projections: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "fp32": mix_streams_reference.project_streams,
+        "bf16 parts": project_streams,
+    }
+    wanted = (streams.flatten(1).double() @ fn.double().T).unsqueeze(0)
+
+    def check(project: Callable[[Tensor, Tensor], Tensor]) -> float:
+        got = project(streams, fn).double().sum(0, keepdim=True)
+        return worst_error("mix_streams", got, wanted, tolerance=HEAD_TOLERANCE)
+
+    def collapse(project: Callable[[Tensor, Tensor], Tensor]) -> object:
+        return collapse_streams(streams, project(streams, fn), norm_weight, how)
+
+    for name, project in projections.items():
+        yield Variant(
+            kernel="mix_streams",
+            shape=f"{batch} x {num_streams} x {HIDDEN}, projected and collapsed",
+            name=name,
+            call=partial(collapse, project),
+            check=partial(check, project),
+            num_bytes=streams.nbytes + fn.nbytes + 2 * batch * HIDDEN,
+            flops=2 * batch * fn.numel(),
         )
 
 

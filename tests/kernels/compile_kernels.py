@@ -17,6 +17,7 @@ import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
 import forepage_kernels.mix_streams.kernel as mix_streams
+import forepage_kernels.mix_streams.projection as mix_projection
 import forepage_kernels.moe.kernel as moe
 import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
@@ -87,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
     "mix_streams-collapse": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 4096, BF16)),
     "mix_streams-collapse-pro": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 7168, BF16)),
     "mix_streams-collapse-fp32": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 128, F32)),
+    "mix_streams-project": (mix_projection, "project", lambda: run_mix_streams("project", 4096, BF16)),
     "mix_streams-expand": (mix_streams, "expand", lambda: run_mix_streams("expand", 4096, BF16)),
     "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, KEY)),
     "native_indexer-ones": (

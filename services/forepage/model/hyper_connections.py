@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forepage.model.spec import ModelSpec
-from forepage_kernels.mix_streams import MixParameters, collapse_streams, expand_streams
+from forepage_kernels.mix_streams import MixParameters, collapse_streams, expand_streams, project_streams
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HyperConnection:
 
     def collapse(self, streams: Tensor, norm_weight: Tensor | None = None) -> tuple[Tensor, StreamMix]:
         """streams [n, S, D] -> the sublayer's input [n, D], normed if f32 [D] is given, and the way back."""
-        projected = F.linear(streams.flatten(-2).float(), self.fn)  # [n, (2+S)*S]
+        projected = project_streams(streams, self.fn)  # [P, n, (2+S)*S]
         x, post, comb = collapse_streams(streams, projected, norm_weight, self.how)
         return x, StreamMix(post, comb)
 
