@@ -9,9 +9,11 @@ from torch import Tensor
 
 from forepage.kv.geometry import KeyFormat, KvFormat, KvGeometry
 from forepage.kv.resident_set import NOT_RESIDENT
+from forepage.model.checkpoint_reader import TORCH_DTYPES
+from forepage.model.held_form import HeldForm
 from forepage.model.spec import ModelSpec, read_config
 from forepage.model.transformer import Transformer
-from forepage.model.weight_table import Role, fixed_dtype, weight_table
+from forepage.model.weight_table import Role, weight_table
 from forepage.settings import SEEDED_MODEL
 from forepage.telemetry import Telemetry
 from forepage.worker.commands import Table
@@ -47,8 +49,7 @@ class SyntheticModel:
             if entry.role is Role.EXPERT_IDS:
                 values = torch.randint(spec.num_experts, entry.shape, device=device, generator=generator)
             else:
-                is_fp32 = fixed_dtype(entry.role) and entry.role is not Role.FP32_MATRIX
-                dtype = torch.float32 if is_fp32 else torch.bfloat16
+                dtype = TORCH_DTYPES[HeldForm("BF16").plain_dtype(entry.role)]
                 values = torch.empty(entry.shape, dtype=dtype, device=device)
                 bound = 1.0 if len(entry.shape) == 1 else (3.0 / entry.shape[-1]) ** 0.5
                 values.uniform_(-bound, bound, generator=generator)

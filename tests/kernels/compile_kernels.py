@@ -17,6 +17,7 @@ import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
 import forepage_kernels.mix_streams.kernel as mix_streams
+import forepage_kernels.mix_streams.projection as mix_projection
 import forepage_kernels.moe.kernel as moe
 import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
@@ -26,6 +27,7 @@ import forepage_kernels.resolve_rows.kernel as resolve_rows
 import forepage_kernels.row_norm.kernel as row_norm
 import forepage_kernels.row_turn.kernel as row_turn
 import forepage_kernels.select_topk.kernel as select_topk
+import forepage_kernels.sparse_decode.hopper as sparse_decode_hopper
 import forepage_kernels.sparse_decode.kernel as sparse_decode
 import forepage_kernels.unpack_rows.kernel as unpack_rows
 from forepage.training.backbone import sinkhorn_kernel
@@ -62,16 +64,17 @@ from rigs.kernel_launches import (
     run_unpack_rows,
 )
 
-Variant = tuple[ModuleType, str, Callable[[], None]]
-"""A launcher's module, the kernels it launches, and a call of it."""
+Variant = tuple[ModuleType | tuple[ModuleType, ...], str, Callable[[], None]]
+"""The module of the kernels, or modules, the kernels that are launched, and a call of the launcher."""
 VARIANTS: dict[str, Variant] = {
     "gather_blocks": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(987_008)),
     "gather_blocks-odd": (gather_blocks, "copy_blocks", lambda: run_gather_blocks(1008)),
     "gather_rows": (gather_rows, "copy_rows", lambda: run_gather_rows(FLASH)),
     "gather_rows-fp32": (gather_rows, "copy_rows", lambda: run_gather_rows(RowLayout(1, 64, 64, "fp32"))),
-    "memory_indexer": (memory_indexer, "score_entries", lambda: run_memory_indexer(128, 3, F32)),
-    "memory_indexer-bf16": (memory_indexer, "score_entries", lambda: run_memory_indexer(64, 3, BF16)),
-    "memory_indexer-ones": (memory_indexer, "score_entries", lambda: run_memory_indexer(1, 1, F32)),
+    "memory_indexer": (memory_indexer, "stream_entries", lambda: run_memory_indexer(128, 3, F32)),
+    "memory_indexer-bf16": (memory_indexer, "stream_entries", lambda: run_memory_indexer(64, 3, BF16)),
+    "memory_indexer-129-heads": (memory_indexer, "score_entries", lambda: run_memory_indexer(129, 3, F32)),
+    "memory_indexer-ones": (memory_indexer, "stream_entries", lambda: run_memory_indexer(1, 1, F32)),
     "memory_indexer-mxfp4": (
         memory_indexer,
         "score_entries",
@@ -85,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
     "mix_streams-collapse": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 4096, BF16)),
     "mix_streams-collapse-pro": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 7168, BF16)),
     "mix_streams-collapse-fp32": (mix_streams, "collapse", lambda: run_mix_streams("collapse", 128, F32)),
+    "mix_streams-project": (mix_projection, "project", lambda: run_mix_streams("project", 4096, BF16)),
     "mix_streams-expand": (mix_streams, "expand", lambda: run_mix_streams("expand", 4096, BF16)),
     "native_indexer": (native_indexer, "score_resident", lambda: run_native_indexer(64, KEY)),
     "native_indexer-ones": (
@@ -134,6 +138,16 @@ VARIANTS: dict[str, Variant] = {
         "attend join_parts",
         lambda: run_sparse_decode(FLASH, 64, 0, BF16),
     ),
+    **{
+        f"sparse_decode-overlapped-{heads}x{selected}": (
+            (sparse_decode_hopper, sparse_decode),
+            "attend_overlapped join_parts",
+            lambda heads=heads, selected=selected: run_sparse_decode(  # type: ignore[misc]
+                FLASH, heads, selected, BF16, sparse_decode.OVERLAPPED_TILE
+            ),
+        )
+        for heads, selected in ((64, 512), (128, 2048), (8, 0))
+    },
     "sparse_decode-ones": (sparse_decode, "attend join_parts", lambda: run_sparse_decode(SEEDED, 1, 1, BF16)),
     "compress_token-c4": (compress_token, "take_token", lambda: run_compress_token(row_pool(FLASH), 4)),
     "compress_token-c128": (
@@ -208,13 +222,15 @@ VARIANTS: dict[str, Variant] = {
 def main() -> None:
     """Compile all variants, print their shared memory."""
     shared_bytes = {}
-    for name, (module, kernel_names, launch) in VARIANTS.items():
-        compilers = {each: CompilerInsteadOfLaunch(getattr(module, each)) for each in kernel_names.split()}
+    for name, (where, kernel_names, launch) in VARIANTS.items():
+        modules = where if isinstance(where, tuple) else (where,)
+        owners = {each: next(one for one in modules if hasattr(one, each)) for each in kernel_names.split()}
+        compilers = {each: CompilerInsteadOfLaunch(getattr(owner, each)) for each, owner in owners.items()}
         for each, compiler in compilers.items():
-            setattr(module, each, compiler)
+            setattr(owners[each], each, compiler)
         launch()
         for each, compiler in compilers.items():
-            setattr(module, each, compiler.kernel)
+            setattr(owners[each], each, compiler.kernel)
         shared_bytes[name] = max(compiler.shared_bytes for compiler in compilers.values())
     print(json.dumps(shared_bytes))
 

@@ -46,6 +46,7 @@ CASES = [
     Case("bf16-queries", 1, 2, 16, 128, 64, 2, 0.7, dtype=torch.bfloat16),
     Case("three-layers-64k", 2, 3, 128, 128, 64, 256, 0.8, gpu=True),
     Case("three-layers-64k-bf16", 2, 3, 128, 128, 64, 256, 0.8, dtype=torch.bfloat16, gpu=True),
+    Case("odd-million", 1, 2, 100, 128, 63, 4001, 0.9, dtype=torch.bfloat16, gpu=True),
     Case("one-layer-1m-bf16", 1, 1, 64, 128, 64, 4096, 1.0, dtype=torch.bfloat16, gpu=True),
 ]
 
@@ -161,6 +162,30 @@ def test_kernel_equals_the_reference(
     clear = (ungated - case.threshold).abs() > MARGIN
     assert_close(got[clear], torch.where(ungated > case.threshold, ungated, 0.0)[clear])
     assert_close(torch.where(got > 0, got, ungated), ungated)
+
+
+STREAMED = [
+    case for case in CASES if case.id in ("odd-block", "bf16-queries", "three-layers-64k", "odd-million")
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.gpu] * case.gpu) for case in STREAMED]
+)
+def test_how_many_tiles_a_program_takes_changes_no_bit(
+    case: Case, device: torch.device, generator: torch.Generator, assert_close: Check, nan_outputs: NanOutputs
+) -> None:
+    call = make(case, generator)
+    call = replace(call, keys=call.keys.to(device), threshold=-1.0)
+    with nan_outputs():
+        few, some, many = (
+            score(partial(kernel.memory_indexer, stream=kernel.Stream(programs=count)), call, device)
+            for count in (1, 7, 1 << 20)
+        )
+        by_tile = score(partial(kernel.memory_indexer, stream=None), call, device)
+    assert torch.equal(few, some)
+    assert torch.equal(few, many)
+    assert_close(few, by_tile)
 
 
 def test_kernel_reads_keys_of_gpu_memory_too(

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from forepage_kernels.errors import ShapeError
-from forepage_kernels.mix_streams import MixParameters, collapse_streams, expand_streams, kernel, reference
+from forepage_kernels.mix_streams import (
+    MixParameters,
+    collapse_streams,
+    expand_streams,
+    kernel,
+    project_streams,
+    projection,
+    reference,
+)
 
 EPS = 1e-6
+PARTS = 9
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def make(case: Case, generator: torch.Generator) -> Call:
     how = MixParameters(rand(width), rand(3).abs() + 0.5, EPS, EPS, case.iterations)
     return Call(
         streams=(rand(case.rows, case.streams, case.dims) * 2).to(case.dtype),
-        projected=rand(case.rows, width) * 3,
+        projected=rand(PARTS, case.rows, width),
         norm_weight=rand(case.dims) if case.normed else None,
         how=how,
         output=rand(case.rows, case.dims).to(case.dtype),
@@ -82,7 +91,7 @@ def by_hand(call: Call, token: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token in fp64, as the paper writes it: input, post, comb, and the streams after it."""
     streams, how = call.streams[token].double(), call.how
     count = streams.shape[0]
-    mixed = call.projected[token].double() / (streams.square().mean() + how.norm_eps).sqrt()
+    mixed = call.projected[:, token].double().sum(0) / (streams.square().mean() + how.norm_eps).sqrt()
     scale, base = how.scale.double(), how.base.double()
     pre = torch.sigmoid(mixed[:count] * scale[0] + base[:count]) + how.eps
     post = 2 * torch.sigmoid(mixed[count : 2 * count] * scale[1] + base[count : 2 * count])
@@ -140,12 +149,51 @@ def test_kernel_equals_reference(
     check((expanded,), (reference.expand_streams(call.output, call.streams, want[1], want[2]),), assert_close)
 
 
+PROJECTED = [
+    Case("one", 1, 4, 128, torch.bfloat16),
+    Case("odd", 17, 4, 129, torch.bfloat16),
+    Case("two-streams", 3, 2, 513, torch.bfloat16),
+    Case("none", 0, 4, 64, torch.bfloat16),
+    Case("flash", 65, 4, 4096, torch.bfloat16, gpu=True),
+    Case("pro", 3, 4, 7168, torch.bfloat16, gpu=True),
+    Case("prefill", 4097, 4, 4096, torch.bfloat16, gpu=True),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.id, marks=[pytest.mark.gpu] * case.gpu) for case in PROJECTED]
+)
+def test_projection_is_an_fp32_product_whatever_the_batch(
+    case: Case, device: torch.device, generator: torch.Generator, nan_outputs: Callable[..., object]
+) -> None:
+    """Off by what sums in steps of 16 columns, three products each, may be; alone a token has its bits."""
+    columns = case.streams * case.dims
+    streams = make(case, generator).streams.to(device)
+    fn = (
+        torch.randn((2 + case.streams) * case.streams, columns, generator=generator).to(device) / columns**0.5
+    )
+    with nan_outputs():  # type: ignore[attr-defined]
+        parts = projection.project_streams(streams, fn)
+    assert parts.shape == (-(-columns // projection.PART_COLUMNS), case.rows, fn.shape[0])
+    wanted = streams.flatten(1).double() @ fn.double().T
+    error = (parts.double().sum(0) - wanted).square().mean().sqrt()
+    assert (
+        not case.rows or error <= 3 * projection.PART_COLUMNS / 16 * 2.0**-23 * wanted.square().mean().sqrt()
+    )
+    for token in range(0, case.rows, 97):
+        alone = projection.project_streams(streams[token : token + 1], fn)
+        assert torch.equal(alone[:, 0], parts[:, token])
+    in_torch = reference.project_streams(streams, fn).sum(0)
+    torch.testing.assert_close(in_torch.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_does_not_depend_on_those_beside_it(device: torch.device, generator: torch.Generator) -> None:
     call = moved(make(Case("rows", 5, 4, 100), generator), device)
     together = kernel.collapse_streams(call.streams, call.projected, call.norm_weight, call.how)
     for token in range(5):
         one = slice(token, token + 1)
-        alone = kernel.collapse_streams(call.streams[one], call.projected[one], call.norm_weight, call.how)
+        projected = call.projected[:, one].contiguous()
+        alone = kernel.collapse_streams(call.streams[one], projected, call.norm_weight, call.how)
         for ours, theirs in zip(alone, together, strict=True):
             assert torch.equal(ours, theirs[one])
 
@@ -155,6 +203,8 @@ def test_wrong_arguments_are_named(generator: torch.Generator) -> None:
     with pytest.raises(ShapeError, match="power of two"):
         collapse_streams(call.streams[:, :3].contiguous(), call.projected, None, call.how)
     with pytest.raises(ShapeError, match="projected"):
-        collapse_streams(call.streams, call.projected[:1], None, call.how)
+        collapse_streams(call.streams, call.projected[:, :1].contiguous(), None, call.how)
+    with pytest.raises(ShapeError, match="fn"):
+        project_streams(call.streams, torch.zeros(24, 4 * 63))
     with pytest.raises(ShapeError, match="output"):
         expand_streams(call.output[:, :3], call.streams, torch.zeros(2, 4), torch.zeros(2, 4, 4))

@@ -31,6 +31,28 @@ class Case:
     window_rows: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     gpu: bool = False
+    entries: int = 64
+    overlapped: bool = False
+    """By the kernel that only Hopper has: rows begin on multiples of 16."""
+
+
+def overlapped(id: str, heads: int, rows: tuple[int, ...], window_rows: tuple[int, ...]) -> Case:
+    width, window = max(rows), max(window_rows)
+    entries = 2 if "c128" in id else 64
+    return Case(
+        f"overlapped-{id}",
+        heads,
+        448,
+        64,
+        width,
+        window,
+        rows,
+        window_rows,
+        torch.bfloat16,
+        gpu=True,
+        entries=entries,
+        overlapped=True,
+    )
 
 
 CASES = [
@@ -50,6 +72,13 @@ CASES = [
     Case("flash-c128-1m", 64, 448, 64, 8192, 128, (8192,), (128,), torch.bfloat16, gpu=True),
     Case("flash-window-bf16", 64, 448, 64, 0, 128, (0, 0), (128, 1), torch.bfloat16, gpu=True),
     Case("seeded", 4, 64, 64, 32, 128, (32, 5), (128, 9), gpu=True),
+    overlapped("c4", 64, (512, 300, 1, 0), (128, 128, 7, 128)),
+    overlapped("odd", 17, (129, 64, 1, 0, 65), (1, 63, 33, 0, 0)),
+    overlapped("one-head", 1, (63, 0), (1, 65)),
+    overlapped("window", 64, (0, 0, 0), (128, 1, 0)),
+    overlapped("pro", 128, (2048, 1024), (128, 128)),
+    overlapped("parts", 100, (700, 513, 512, 10), (127, 128, 0, 64)),
+    overlapped("c128-1m", 64, (8192, 1), (128, 128)),
 ]
 
 
@@ -83,13 +112,14 @@ def move_pool(pool: RowPool, device: torch.device) -> RowPool:
 
 
 def fill_pool(
-    layout: RowLayout, counts: tuple[int, ...], width: int, gen: torch.Generator
+    layout: RowLayout, counts: tuple[int, ...], width: int, gen: torch.Generator, *, is_aligned: bool
 ) -> tuple[RowPool, Tensor]:
     """A pool where only the listed rows are not NaN, scattered, and each sequence's slot list."""
     total = sum(counts)
     num_blocks = 2 * -(-total // layout.entries) + 2
-    block_bytes = layout.plane_bytes + 72
-    pool = RowPool(torch.full((num_blocks, block_bytes), 0xFF, dtype=torch.uint8), 40, layout)
+    unit = 16 if is_aligned else 8
+    block_bytes = -(-layout.plane_bytes // unit) * unit + 9 * unit
+    pool = RowPool(torch.full((num_blocks, block_bytes), 0xFF, dtype=torch.uint8), 5 * unit, layout)
     slots = torch.randperm(num_blocks * layout.entries, generator=gen)[:total]
     store_rows(pool, slots, torch.randn(total, layout.head_dim, generator=gen))
     lists = torch.full((len(counts), width), -1)
@@ -103,9 +133,10 @@ def fill_pool(
 
 def make(case: Case, generator: torch.Generator, row_format: Format = "fp8") -> Call:
     """Inputs of unit scale; sinks of the scores' size."""
-    layout = RowLayout(64, case.nope, case.rope, row_format)
-    compressed, slots = fill_pool(layout, case.rows, case.width, generator)
-    window, window_slots = fill_pool(replace(layout, entries=128), case.window_rows, case.window, generator)
+    layout = RowLayout(case.entries, case.nope, case.rope, row_format)
+    fill = partial(fill_pool, gen=generator, is_aligned=case.overlapped)
+    compressed, slots = fill(layout, case.rows, case.width)
+    window, window_slots = fill(replace(layout, entries=128), case.window_rows, case.window)
     q = torch.randn(len(case.rows), case.heads, layout.head_dim, generator=generator).to(case.dtype)
     sinks = torch.randn(case.heads, generator=generator)
     return Call(q, compressed if case.width else None, slots, window, window_slots, sinks)
@@ -132,6 +163,11 @@ def dense(call: Call) -> Tensor:
             p = torch.softmax(torch.cat((scores, call.sinks[head : head + 1].double())), dim=0)
             out[b, head] = p[:-1] @ rows
     return out
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernel that overlaps decoding and products runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == kernel.HOPPER
 
 
 SMALL = [case for case in CASES if not case.gpu]
@@ -176,8 +212,11 @@ def test_kernel_equals_the_reference(
     nan_outputs: NanOutputs,
 ) -> None:
     call = make(case, generator)
+    there = call.to(device)
+    tile = kernel.tile_of(there.q, there.compressed or there.window, there.window)
+    assert tile.overlapped == (case.overlapped and is_hopper(device))
     with nan_outputs():
-        got = attend(sparse_decode if device.type == "cuda" else kernel.sparse_decode, call.to(device))
+        got = attend(sparse_decode if device.type == "cuda" else kernel.sparse_decode, there)
     want = attend(reference.sparse_decode, call)
     assert got.dtype == case.dtype
     assert_close(got, want)
@@ -200,7 +239,12 @@ def moved_elsewhere(call: Call, generator: torch.Generator) -> Call:
     return replace(call, compressed=target, slots=slots)
 
 
-REPLAYED = [case for case in CASES if case.id in ("odd-lists", "three-parts", "flash-c4", "flash-c4-bf16")]
+REPLAYED_IDS = ("odd-lists", "three-parts", "flash-c4", "flash-c4-bf16")
+REPLAYED = [
+    case
+    for case in CASES
+    if case.id in REPLAYED_IDS or (case.overlapped and case.width and len(case.rows) > 2)
+]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 HOPPER = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.uint8: "*u8",
     torch.int16: "*i16",
@@ -53,7 +54,8 @@ class CompilerInsteadOfLaunch:
                 constants[(index,)] = values[name]
             if aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=attributes)
+        make = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = make(self.kernel, signature, constexprs=constants, attrs=attributes)
         self.shared_bytes = triton.compile(source, target=HOPPER, options=options).metadata.shared
 
 

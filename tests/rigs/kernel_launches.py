@@ -11,6 +11,7 @@ import forepage_kernels.gather_blocks.kernel as gather_blocks
 import forepage_kernels.gather_rows.kernel as gather_rows
 import forepage_kernels.memory_indexer.kernel as memory_indexer
 import forepage_kernels.mix_streams.kernel as mix_streams
+import forepage_kernels.mix_streams.projection as mix_projection
 import forepage_kernels.moe.kernel as moe
 import forepage_kernels.moe.sorting as moe_sorting
 import forepage_kernels.native_indexer.kernel as native_indexer
@@ -93,12 +94,25 @@ def run_select_topk(entries: int, k: int) -> None:
     select_topk.select_topk(torch.zeros(1, entries), k)
 
 
-def run_sparse_decode(layout: RowLayout, heads: int, selected: int, dtype: torch.dtype) -> None:
+def run_sparse_decode(
+    layout: RowLayout,
+    heads: int,
+    selected: int,
+    dtype: torch.dtype,
+    tile: sparse_decode.Tile | None = None,
+) -> None:
     pool = row_pool(layout) if selected else None
     window = row_pool(RowLayout(128, layout.nope_dims, layout.rope_dims, "fp8"))
     q = torch.zeros(2, heads, layout.head_dim, dtype=dtype)
     sparse_decode.sparse_decode(
-        q, pool, i64(2, selected), window, i64(2, 128), torch.zeros(heads), softmax_scale=0.1
+        q,
+        pool,
+        i64(2, selected),
+        window,
+        i64(2, 128),
+        torch.zeros(heads),
+        softmax_scale=0.1,
+        tile=tile,
     )
 
 
@@ -174,9 +188,11 @@ def run_mix_streams(op: str, dims: int, dtype: torch.dtype) -> None:
         mix_streams.expand_streams(
             streams[:, 0].contiguous(), streams, torch.zeros(3, 4), torch.zeros(3, 4, 4)
         )
+    elif op == "project":
+        mix_projection.project_streams(streams, torch.zeros(24, 4 * dims))
     else:
         how = MixParameters(torch.zeros(24), torch.zeros(3), 1e-6, 1e-6, 20)
-        mix_streams.collapse_streams(streams, torch.zeros(3, 24), torch.zeros(dims), how)
+        mix_streams.collapse_streams(streams, torch.zeros(32, 3, 24), torch.zeros(dims), how)
 
 
 def run_compress_token(pool: RowPool | KeyPool, ratio: int) -> None:

@@ -123,6 +123,16 @@ def test_experts_stored_in_two_forms_are_refused_as_stored(tmp_path: Path) -> No
     load(tmp_path, spec, WeightDtype.FP32)
 
 
+def test_a_compressor_stored_in_two_dtypes_is_refused_in_bf16(tmp_path: Path) -> None:
+    stored, spec = stored_tensors(QUANTISED), ModelSpec.from_config(QUANTISED)
+    name = "layers.2.attn.compressor.wgate.weight"
+    stored[name] = stored[name].float()
+    write_checkpoint(tmp_path, QUANTISED, stored)
+    with pytest.raises(ModelFormatError, match=rf"{name} is stored in another form .* to fp32$"):
+        load(tmp_path, spec, WeightDtype.BF16)
+    load(tmp_path, spec, WeightDtype.FP32)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [WeightDtype.STORED, WeightDtype.BF16])

@@ -39,7 +39,7 @@ def memory_indexer(
     if queries.is_cuda and layout.format != "fp32":
         from forepage_kernels.memory_indexer.kernel import memory_indexer as launch
 
-        score = launch
-    else:
-        score = reference.memory_indexer
-    return score(queries, weights, keys, layout=layout, plane_offsets=plane_offsets, threshold=threshold)
+        return launch(queries, weights, keys, layout=layout, plane_offsets=plane_offsets, threshold=threshold)
+    return reference.memory_indexer(
+        queries, weights, keys, layout=layout, plane_offsets=plane_offsets, threshold=threshold
+    )

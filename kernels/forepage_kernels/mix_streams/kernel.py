@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from forepage_kernels.jit import jit, next_power_of_2, on_device_of
+from forepage_kernels.jit import jit, jit_unspecialised, next_power_of_2, on_device_of
 
 if TYPE_CHECKING:
     from forepage_kernels.mix_streams import MixParameters
@@ -44,8 +44,11 @@ def collapse_streams(
                 how.eps,
                 how.norm_eps,
                 how.iterations,
+                num_tokens,
                 STREAMS=num_streams,
                 DIMS=dims,
+                PARTS=projected.shape[0],
+                BLOCK_P=next_power_of_2(projected.shape[0]),
                 IS_NORMED=norm_weight is not None,
                 BLOCK_D=block,
                 num_warps=min(16, max(1, num_streams * block // ELEMENTS_PER_WARP)),
@@ -73,7 +76,7 @@ def expand_streams(output: Tensor, streams: Tensor, post: Tensor, comb: Tensor) 
     return expanded
 
 
-@jit
+@jit_unspecialised("num_tokens")
 def collapse(
     streams: tl.tensor,
     projected: tl.tensor,
@@ -86,8 +89,11 @@ def collapse(
     eps: tl.tensor,
     norm_eps: tl.tensor,
     iterations: tl.tensor,
+    num_tokens: tl.tensor,
     STREAMS: tl.constexpr,
     DIMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     IS_NORMED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -101,13 +107,18 @@ def collapse(
     inverse_rms = tl.rsqrt(square_sum / (STREAMS * DIMS) + norm_eps)
 
     mixed = projected + token * ((2 + STREAMS) * STREAMS)
-    pre_x = tl.load(mixed + stream) * inverse_rms
+    step = num_tokens.to(tl.int64) * ((2 + STREAMS) * STREAMS)
+    cell = stream[:, None] * STREAMS + stream[None, :]  # [S, S]
+    # All parts are asked for at once: one after another they would take longer than all the rest.
+    part = tl.arange(0, BLOCK_P)
+    rows, is_part = (mixed + part * step)[:, None] + stream[None, :], (part < PARTS)[:, None]  # [P, S]
+    cells = (mixed + part * step)[:, None, None] + 2 * STREAMS + cell[None, :, :]  # [P, S, S]
+    pre_x = tl.sum(tl.load(rows, mask=is_part, other=0.0), axis=0) * inverse_rms
+    post_x = tl.sum(tl.load(rows + STREAMS, mask=is_part, other=0.0), axis=0) * inverse_rms
+    comb_x = tl.sum(tl.load(cells, mask=is_part[:, :, None], other=0.0), axis=0) * inverse_rms
     pre = tl.sigmoid(pre_x * tl.load(scale) + tl.load(base + stream)) + eps  # [S]
-    post_x = tl.load(mixed + STREAMS + stream) * inverse_rms
     post_b = tl.load(base + STREAMS + stream)
     tl.store(post + token * STREAMS + stream, 2.0 * tl.sigmoid(post_x * tl.load(scale + 1) + post_b))
-    cell = stream[:, None] * STREAMS + stream[None, :]  # [S, S]
-    comb_x = tl.load(mixed + 2 * STREAMS + cell) * inverse_rms
     logits = comb_x * tl.load(scale + 2) + tl.load(base + 2 * STREAMS + cell)
     tl.store(comb + token * (STREAMS * STREAMS) + cell, balance(logits, eps, iterations))
 

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from forepage_kernels.mix_streams import MixParameters
 
 
+def project_streams(streams: Tensor, fn: Tensor) -> Tensor:
+    """See the package."""
+    return torch.nn.functional.linear(streams.flatten(-2).float(), fn).unsqueeze(0)
+
+
 def collapse_streams(
     streams: Tensor, projected: Tensor, norm_weight: Tensor | None, how: "MixParameters"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the package."""
     num_streams = streams.shape[1]
     flat = streams.flatten(-2).float()  # [n, S*D]
-    mixed = projected * torch.rsqrt(flat.square().mean(-1, keepdim=True) + how.norm_eps)
+    mixed = projected.sum(0) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + how.norm_eps)
     sizes = [num_streams, num_streams, num_streams * num_streams]
     pre_x, post_x, comb_x = mixed.split_with_sizes(sizes, dim=-1)
     pre_b, post_b, comb_b = how.base.split_with_sizes(sizes)

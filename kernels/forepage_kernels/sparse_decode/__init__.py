@@ -38,10 +38,12 @@ def sparse_decode(
     if q.is_cuda and window.layout.format == "fp8":
         from forepage_kernels.sparse_decode.kernel import sparse_decode as launch
 
-        attend = launch
-    else:
-        attend = reference.sparse_decode
-    return attend(q, compressed, compressed_slots, window, window_slots, sinks, softmax_scale=softmax_scale)
+        return launch(
+            q, compressed, compressed_slots, window, window_slots, sinks, softmax_scale=softmax_scale
+        )
+    return reference.sparse_decode(
+        q, compressed, compressed_slots, window, window_slots, sinks, softmax_scale=softmax_scale
+    )
 
 
 def _check_pools(

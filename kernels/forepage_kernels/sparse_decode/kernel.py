@@ -1,11 +1,13 @@
 # ruff: noqa: N803  (constexpr parameters are upper case, as everywhere in Triton)
 """Triton sparse_decode: a program walks a fixed part of one sequence's rows, and a second kernel joins parts.
 
-The rows are those of the window's list and then those of the compressed one, in tiles; a part is PART_ROWS of
-them whatever the batch is, and parts are joined in their order, with no atomics: the result depends only on
+The rows are those of the window's list and then those of the compressed one, in tiles; a part has as many
+whatever the batch is, and parts are joined in their order, with no atomics: the result depends only on
 the attended rows in list order, not on where they lie nor on what else is decoded. A row is decoded once a
 tile and serves as key and value; bf16 holds it exactly (e4m3 times a power of two, and bf16 rope dims).
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -17,14 +19,33 @@ from forepage_kernels.row_tile import decode_row_tile, load_bf16_row_tile
 
 MIN_HEADS = 16
 """The smallest side of a matrix product on tensor cores."""
-TILE_HEADS = {torch.float32: 16, torch.bfloat16: 64}
-"""A row is decoded once for all heads of a program (docs/kernels.md)."""
-TILE_ROWS = {torch.float32: 16, torch.bfloat16: 64}
-"""A tile of 512-wide fp32 rows is split into three tf32 parts: 16 is what shared memory holds."""
-PART_ROWS = 320
-"""Rows of one program, a multiple of both tiles: half of what a c4 layer of V4-Flash attends."""
 VECTOR_BYTES = 16
 """The widest load; a pool whose spans begin elsewhere is read in lanes."""
+HOPPER = 9
+"""Major compute capability."""
+OVERLAPPED_DIMS = (448, 64)
+"""What `hopper.py` is written for."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program works on: at most so many heads, and parts of so many rows, in tiles.
+
+    A row is decoded once for all heads of a program (docs/kernels.md). `overlapped`: by `hopper.py`.
+    """
+
+    heads: int
+    rows: int
+    part_rows: int
+    overlapped: bool = False
+
+
+FP32_TILE = Tile(heads=16, rows=16, part_rows=320)
+"""A tile of 512-wide fp32 rows is split into three tf32 parts: 16 is what shared memory holds."""
+BF16_TILE = Tile(heads=64, rows=64, part_rows=320)
+"""A part is half of what a c4 layer of V4-Flash attends."""
+OVERLAPPED_TILE = Tile(heads=64, rows=64, part_rows=320, overlapped=True)
+"""Parts of 640 rows need no join, and are faster from 85 sequences on; those of 320 up to 64, and by more."""
 
 
 def sparse_decode(
@@ -36,61 +57,101 @@ def sparse_decode(
     sinks: Tensor,
     *,
     softmax_scale: float,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """See the package; fp8 rows. A slot past its pool counts as absent."""
+    """See the package; fp8 rows. A slot past its pool counts as absent. `tile`: None takes the best."""
     batch, heads, dims = q.shape
     out = torch.empty_like(q)
     if out.numel() == 0:
         return out
     first = window if compressed is None else compressed
-    block_h = max(MIN_HEADS, min(TILE_HEADS[q.dtype], next_power_of_2(heads)))
-    block_d = max(SCALE_GROUP, next_power_of_2(dims))
-    tile_rows = TILE_ROWS[q.dtype]
-    tiles = -(-compressed_slots.shape[1] // tile_rows) - (-window_slots.shape[1] // tile_rows)
-    parts = max(1, -(-tiles * tile_rows // PART_ROWS))
+    if tile is None:
+        tile = tile_of(q, first, window)
+    tiles = -(-compressed_slots.shape[1] // tile.rows) - (-window_slots.shape[1] // tile.rows)
+    parts = max(1, -(-tiles * tile.rows // tile.part_rows))
     partial = q.new_empty(batch, parts, heads, dims if parts > 1 else 0, dtype=torch.float32)
     sums = q.new_empty(batch, parts, 2, heads if parts > 1 else 0, dtype=torch.float32)
+    arguments = (
+        q,
+        first.bytes,
+        compressed_slots,
+        window.bytes,
+        window_slots,
+        sinks,
+        out,
+        partial,
+        sums,
+        softmax_scale,
+        heads,
+        compressed_slots.shape[1],
+        window_slots.shape[1],
+        first.num_slots,
+        first.block_bytes,
+        first.layer_offset,
+        window.num_slots,
+        window.block_bytes,
+        window.layer_offset,
+    )
     with on_device_of(q):
-        attend[(parts, -(-heads // block_h), batch)](
-            q,
-            first.bytes,
-            compressed_slots,
-            window.bytes,
-            window_slots,
-            sinks,
-            out,
-            partial,
-            sums,
-            softmax_scale,
-            heads,
-            compressed_slots.shape[1],
-            window_slots.shape[1],
-            first.num_slots,
-            first.block_bytes,
-            first.layer_offset,
-            window.num_slots,
-            window.block_bytes,
-            window.layer_offset,
-            ENTRIES=first.layout.entries,
-            WINDOW_ENTRIES=window.layout.entries,
-            NOPE=window.layout.nope_dims,
-            DIMS=dims,
-            SCALE_BYTES=window.layout.scale_bytes,
-            BLOCK_D=block_d,
-            BLOCK_H=block_h,
-            BLOCK_N=tile_rows,
-            PART_TILES=PART_ROWS // tile_rows,
-            ALIGN=VECTOR_BYTES if _is_aligned(first) and _is_aligned(window) else LANE_BYTES,
-            WHOLE=parts == 1,
-            BF16=q.dtype == torch.bfloat16 and not is_interpreted(),
-            num_warps=8,
-            num_stages=1,
-        )
+        launch = _attend_overlapped if tile.overlapped else _attend
+        launch(arguments, q, first, window, tile, parts)
         if parts > 1:
+            block_d = max(SCALE_GROUP, next_power_of_2(dims))
             join_parts[(heads, batch)](
                 partial, sums, sinks, out, heads, parts, DIMS=dims, BLOCK_D=block_d, num_warps=2
             )
     return out
+
+
+def tile_of(q: Tensor, compressed: RowPool, window: RowPool) -> Tile:
+    """By the kind of GPU and of pools alone."""
+    if q.dtype != torch.bfloat16:
+        return FP32_TILE
+    layout = window.layout
+    fits = (layout.nope_dims, layout.rope_dims) == OVERLAPPED_DIMS and all(
+        _is_aligned(pool) and pool.layout.entries.bit_count() == 1 for pool in (compressed, window)
+    )
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == HOPPER
+    return OVERLAPPED_TILE if fits and is_hopper else BF16_TILE
+
+
+def _attend_overlapped(
+    arguments: tuple[object, ...], q: Tensor, first: RowPool, window: RowPool, tile: Tile, parts: int
+) -> None:
+    from forepage_kernels.sparse_decode.hopper import NUM_WARPS, attend_overlapped
+
+    attend_overlapped[(parts, -(-q.shape[1] // tile.heads), q.shape[0])](
+        *arguments,
+        LOG_ENTRIES=first.layout.entries.bit_length() - 1,
+        LOG_WINDOW_ENTRIES=window.layout.entries.bit_length() - 1,
+        PART_TILES=tile.part_rows // tile.rows,
+        WHOLE=parts == 1,
+        num_warps=NUM_WARPS,
+    )
+
+
+def _attend(
+    arguments: tuple[object, ...], q: Tensor, first: RowPool, window: RowPool, tile: Tile, parts: int
+) -> None:
+    batch, heads, dims = q.shape
+    block_h = max(MIN_HEADS, min(tile.heads, next_power_of_2(heads)))
+    attend[(parts, -(-heads // block_h), batch)](
+        *arguments,
+        ENTRIES=first.layout.entries,
+        WINDOW_ENTRIES=window.layout.entries,
+        NOPE=window.layout.nope_dims,
+        DIMS=dims,
+        SCALE_BYTES=window.layout.scale_bytes,
+        BLOCK_D=max(SCALE_GROUP, next_power_of_2(dims)),
+        BLOCK_H=block_h,
+        BLOCK_N=tile.rows,
+        PART_TILES=tile.part_rows // tile.rows,
+        ALIGN=VECTOR_BYTES if _is_aligned(first) and _is_aligned(window) else LANE_BYTES,
+        WHOLE=parts == 1,
+        BF16=q.dtype == torch.bfloat16 and not is_interpreted(),
+        num_warps=8,
+        num_stages=1,
+    )
 
 
 def _is_aligned(pool: RowPool) -> bool:

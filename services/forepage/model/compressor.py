@@ -37,12 +37,9 @@ class EntryTarget:
 
 @dataclass(frozen=True)
 class Compressor:
-    """One compressor's weights, fp32 but for w_kv_gate (fp32_linear.py).
+    """One compressor's weights; C channels per token: 2 * dims when windows overlap, else dims."""
 
-    C channels per token: 2 * dims when windows overlap, else dims.
-    """
-
-    w_kv_gate: Tensor  # [2 * C, D]
+    w_kv_gate: Tensor  # f32|bf16 [2 * C, D]
     position_bias: Tensor  # [ratio, C]
     norm: Tensor  # [dims]
     ratio: int

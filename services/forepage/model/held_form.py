@@ -19,23 +19,17 @@ _WORD_COLUMNS = {Form.FP8: 2, Form.FP4: 32}
 
 @dataclass(frozen=True)
 class HeldForm:
-    """`plain`: dtype of plain matrices; `keeps_stored`: whether quantised ones stay as they are.
-
-    `sums_in_fp32`: the device multiplies bf16 into fp32 sums, so what is computed with in fp32 and stored
-    in bf16 stays so (`fp32_linear.py`).
-    """
+    """`plain`: dtype of plain matrices; `keeps_stored`: whether quantised ones stay as they are."""
 
     plain: str
     keeps_stored: bool = False
-    sums_in_fp32: bool = False
 
     @classmethod
     def of(cls, dtype: WeightDtype, device: str = "cuda") -> "HeldForm":
         """What a setting that is not auto means on a device of this type."""
         if dtype is WeightDtype.STORED:
-            return cls("F32" if device == "cpu" else "BF16", keeps_stored=True, sums_in_fp32=device != "cpu")
-        plain = {WeightDtype.FP32: "F32", WeightDtype.BF16: "BF16"}[dtype]
-        return cls(plain, sums_in_fp32=device != "cpu")
+            return cls("F32" if device == "cpu" else "BF16", keeps_stored=True)
+        return cls({WeightDtype.FP32: "F32", WeightDtype.BF16: "BF16"}[dtype])
 
     def keeps(self, entry: WeightEntry, dtype: str, span: Span) -> bool:
         """Whether a part, stored with values of `dtype`, is held as stored.
@@ -61,9 +55,13 @@ class HeldForm:
         if dtype is not None and self.keeps(entry, dtype, span):
             yield from stored_parts(name, entry, dtype, span)
         else:
-            yield name, StoredTensor(self._plain_dtype(entry.role, dtype), span.shape(len(entry.shape)))
+            yield name, StoredTensor(self.plain_dtype(entry.role, dtype), span.shape(len(entry.shape)))
 
-    def _plain_dtype(self, role: Role, stored: str | None) -> str:
-        if role is Role.FP32_MATRIX and self.sums_in_fp32 and self.plain == stored == "BF16":
-            return stored
+    def plain_dtype(self, role: Role, dtype: str | None = None) -> str:
+        """In which dtype a tensor is held plain, of a file that has it in `dtype` (None: it is in no file).
+
+        What is multiplied in fp32 keeps all its bits: bf16 is enough where a release stores it so.
+        """
+        if role is Role.FP32_MATRIX and self.plain == "BF16" and dtype in (None, "BF16"):
+            return "BF16"
         return fixed_dtype(role) or self.plain

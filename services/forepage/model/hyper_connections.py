@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from forepage.model.fp32_linear import bf16_parts, fp32_linear, split_linear
 from forepage.model.spec import ModelSpec
-from forepage_kernels.mix_streams import MixParameters, collapse_streams, expand_streams
+from forepage_kernels.mix_streams import MixParameters, collapse_streams, expand_streams, project_streams
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,7 @@ class StreamMix:
 
 @dataclass(frozen=True)
 class HyperConnection:
-    """One site (S streams of D dims): fn f32 [(2+S)*S, S*D], and what mixes with its products.
-
-    Where the streams are bf16 on a GPU fn is held as its `bf16_parts`: no stream is made fp32 for it.
-    """
+    """One site (S streams of D dims): fn f32 [(2+S)*S, S*D], and what mixes with its products."""
 
     fn: Tensor
     how: MixParameters
@@ -40,15 +36,11 @@ class HyperConnection:
     def from_weights(cls, weights: Mapping[str, Tensor], prefix: str, spec: ModelSpec) -> "HyperConnection":
         """Read `{prefix}_fn`, `_base` and `_scale`."""
         fn, base, scale = (weights[f"{prefix}_{name}"] for name in ("fn", "base", "scale"))
-        in_parts = fn.is_cuda and weights["embed.weight"].dtype is torch.bfloat16
-        how = MixParameters(base, scale, spec.hc_eps, spec.norm_eps, spec.hc_sinkhorn_iters)
-        return cls(bf16_parts(fn) if in_parts else fn, how)
+        return cls(fn, MixParameters(base, scale, spec.hc_eps, spec.norm_eps, spec.hc_sinkhorn_iters))
 
     def collapse(self, streams: Tensor, norm_weight: Tensor | None = None) -> tuple[Tensor, StreamMix]:
         """streams [n, S, D] -> the sublayer's input [n, D], normed if f32 [D] is given, and the way back."""
-        flat = streams.flatten(-2)  # [n, S*D]
-        in_parts = self.fn.dtype is torch.bfloat16
-        projected = split_linear(flat, self.fn) if in_parts else fp32_linear(flat, self.fn)
+        projected = project_streams(streams, self.fn)  # [P, n, (2+S)*S]
         x, post, comb = collapse_streams(streams, projected, norm_weight, self.how)
         return x, StreamMix(post, comb)
 

@@ -24,7 +24,7 @@ _MIN_WEIGHT_SUM = 1e-20
 class Gate:
     """Which experts a token goes to, and how much each counts.
 
-    weight f32 [E, D] (see fp32_linear.py); expert_ids i64 [vocab, k] in hash layers, else bias f32 [E].
+    weight f32|bf16 [E, D]; expert_ids i64 [vocab, k] in hash layers, else bias f32 [E].
     """
 
     weight: Tensor

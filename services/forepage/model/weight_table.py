@@ -19,7 +19,7 @@ class Role(Enum):
     """What a tensor does; decides its dtype, how it may be stored, and how it is seeded."""
 
     MATRIX = auto()  # stored plain in the release
-    FP32_MATRIX = auto()  # stored plain too, its products and sums are fp32: head, router, compressors
+    FP32_MATRIX = auto()  # stored plain too, products in fp32: head, router, compressors
     LINEAR = auto()  # stored as FP8 in the release
     EXPERT = auto()  # a routed expert's: stored as MXFP4 (base models: FP8)
     EMBEDDING = auto()
@@ -39,7 +39,8 @@ _IN_MODEL_DTYPE = {Role.MATRIX, Role.LINEAR, Role.EXPERT, Role.EMBEDDING}
 def fixed_dtype(role: Role) -> str | None:
     """What a worker holds such tensors in, whatever the model's dtype; None: in the model's dtype.
 
-    Each tensor is held in the dtype it is computed with, so nothing is converted, or held twice, later.
+    Each tensor is held in the dtype it is computed with, so nothing is converted, or held twice, later. An
+    FP32_MATRIX stored in bf16 may be held so (`held_form.py`).
     """
     if role is Role.EXPERT_IDS:
         return "I64"

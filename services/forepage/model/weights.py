@@ -61,7 +61,7 @@ def load_or_seed(
     """
     if weight_files(folder) or has_index(folder):
         checkpoint = Checkpoint.open(folder, spec)
-        form = HeldForm(_DTYPE_NAMES[dtype], keep_stored, sums_in_fp32=device.type != "cpu")
+        form = HeldForm(_DTYPE_NAMES[dtype], keep_stored)
         return load_checkpoint(checkpoint, spec, form=form, device=device, rank=rank, num_ranks=num_ranks)
     if spec.seed is None:
         raise ModelFormatError(f"{folder}: no *.safetensors, and config.json has no forepage_seed")
@@ -187,9 +187,10 @@ def _allocate(
 ) -> dict[str, Tensor]:
     """Empty tensors by name, those of a fused group as views of one; `held`: what is held of each tensor."""
     weights: dict[str, Tensor] = {}
+    table = weight_table(spec)
     for group in fused_names(spec):
         names = [name for name in group if name in held]
-        _check_alike(names, held)
+        _check_alike(names, held, table)
         for each in zip(*(held[name].items() for name in names), strict=True):
             parts = [part for part, _ in each]
             together = _empty(each[0][1], device, count=len(parts))
@@ -201,14 +202,17 @@ def _allocate(
     return weights
 
 
-def _check_alike(names: list[str], held: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+def _check_alike(
+    names: list[str], held: Mapping[str, Mapping[str, StoredTensor]], table: Mapping[str, WeightEntry]
+) -> None:
     """Raises: ModelFormatError when some of a group are held as stored and others are not."""
     forms = [list(held[name].values()) for name in names]
     for name, form in zip(names, forms, strict=True):
         if form != forms[0]:
+            is_plain = table[name].role is Role.FP32_MATRIX
             raise ModelFormatError(
                 f"{name} is stored in another form than {names[0]}, with which it is computed: "
-                "set FOREPAGE_MODEL__WEIGHT_DTYPE to bf16 or fp32"
+                f"set FOREPAGE_MODEL__WEIGHT_DTYPE to {'fp32' if is_plain else 'bf16 or fp32'}"
             )
 
 
