@@ -20,6 +20,7 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.rpc import worker_pb2_grpc
 from forepage.rpc.edge import open_channel
 from forepage.settings import WorkerSettings
+from forepage.worker.parts import GPU_CHUNK_TOKENS
 from loadtest.quality.intervals import percentile
 from loadtest.throughput.case import Arm, Case
 from loadtest.throughput.history import PLAIN_TOKENS
@@ -264,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = shared_options("loadtest.throughput.prefill", __doc__, contexts=[65_536], arms=arms)
     parser.add_argument("--sequences", type=int, default=16, help="that decode, as far as they fit")
     parser.add_argument("--prompt-tokens", type=int, default=131_072, help="of the prompt that comes")
-    parser.add_argument("--chunk-tokens", type=int, default=defaults.prefill_chunk_tokens)
+    parser.add_argument("--chunk-tokens", type=int, default=GPU_CHUNK_TOKENS)
     parser.add_argument(
         "--share", type=float, default=defaults.prefill_share, help="worker.prefill_share; 1: no slices"
     )

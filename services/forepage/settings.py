@@ -246,7 +246,9 @@ class WorkerSettings(Section):
     )
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
-    prefill_chunk_tokens: int = Field(512, ge=128, multiple_of=128, description="tokens of a prefill step")
+    prefill_chunk_tokens: int | None = Field(
+        None, ge=128, multiple_of=128, description="tokens of a prefill step; none: 4096 on a GPU, else 512"
+    )
     prefill_share: float = Field(
         0.45,
         ge=0.0,

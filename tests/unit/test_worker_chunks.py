@@ -1,5 +1,13 @@
 """Where prefill chunks end and resume records are taken."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from forepage.settings import WorkerSettings
+from forepage.worker.parts import WorkerParts
 from forepage.worker.prefill import ChunkRule
 
 
@@ -41,3 +49,14 @@ def test_the_tail_lies_behind_every_resume_point_but_the_long_strides() -> None:
     assert all(point in chunk_ends(0, 5000, tail=256) for point in points)
     assert not any(rule(200, tail=256).is_resume_point(n) for n in range(201)), "no block before the tail"
     assert chunk_ends(0, 200, tail=256) == [200]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "chunk"),
+    [(None, "cuda", 4096), (None, "cpu", 512), (256, "cuda", 256), (256, "cpu", 256)],
+)
+def test_a_gpu_takes_long_chunks_unless_told_otherwise(asked: int | None, kind: str, chunk: int) -> None:
+    parts = SimpleNamespace(
+        settings=WorkerSettings(prefill_chunk_tokens=asked), device=SimpleNamespace(kind=torch.device(kind))
+    )
+    assert cast(Any, WorkerParts.prefill_chunk).fget(parts) == chunk

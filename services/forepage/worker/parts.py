@@ -38,6 +38,9 @@ class IndexPort(Protocol):
     def ask(self, request: index_pb2.LookaheadRequest) -> bool: ...
 
 
+GPU_CHUNK_TOKENS, CPU_CHUNK_TOKENS = 4096, 512
+
+
 @dataclass(frozen=True)
 class WorkerParts:
     """One worker's settings, device, memory accounts and peers."""
@@ -57,6 +60,12 @@ class WorkerParts:
         """Decode steps launched before the tokens of the last one are read."""
         asked = self.settings.ahead_steps
         return int(self.device.may_run_ahead) if asked is None else asked
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prefill step: on a GPU many, since one of few takes as long to launch."""
+        by_device = GPU_CHUNK_TOKENS if self.device.kind.type == "cuda" else CPU_CHUNK_TOKENS
+        return self.settings.prefill_chunk_tokens or by_device
 
     @property
     def resume_parts(self) -> int:

@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from forepage.model.transformer import StepOutput
-from forepage.settings import WorkerSettings
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
@@ -39,10 +38,11 @@ class ChunkRule:
     tail: int
 
     @classmethod
-    def of(cls, prompt_tokens: int, settings: WorkerSettings, block: int) -> "ChunkRule":
-        """The settings' rule for a prompt."""
+    def of(cls, prompt_tokens: int, parts: WorkerParts) -> "ChunkRule":
+        """The worker's rule for a prompt."""
+        settings, block = parts.settings, parts.geometry.block_tokens
         tail = max(1, settings.prompt_tokens)
-        return cls(prompt_tokens, settings.prefill_chunk_tokens, settings.resume_every_tokens, block, tail)
+        return cls(prompt_tokens, parts.prefill_chunk, settings.resume_every_tokens, block, tail)
 
     @property
     def last_point(self) -> int:
@@ -147,8 +147,7 @@ class Prefill:
         return PrefillEnd(output.logits, tap)
 
     def _rule(self, sequence: Sequence) -> ChunkRule:
-        parts = self._parts
-        return ChunkRule.of(len(sequence.request.prompt), parts.settings, parts.geometry.block_tokens)
+        return ChunkRule.of(len(sequence.request.prompt), self._parts)
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Blocks for every token up to `num_tokens`; all of them were promised."""

@@ -121,13 +121,13 @@ class WarmUp:
     def _num_blocks(self) -> int:
         """Of two chunks, or as many as the pools hold."""
         parts, pools = self._parts, self._parts.blocks
-        asked = TEXT_CHUNKS * parts.settings.prefill_chunk_tokens // parts.geometry.block_tokens
+        asked = TEXT_CHUNKS * parts.prefill_chunk // parts.geometry.block_tokens
         room = min(pools.rows.total, pools.keys.total - pools.keys.reserve, pools.c128.total)
         return max(1, min(asked, room, parts.geometry.num_blocks(parts.settings.max_context_tokens)))
 
     def _prefill(self, text: _Text) -> None:
         """All but the tokens that the steps take."""
-        parts, chunk = self._parts, self._parts.settings.prefill_chunk_tokens
+        parts, chunk = self._parts, self._parts.prefill_chunk
         num_tokens = len(text.row_ids) * parts.geometry.block_tokens - TEXT_STEPS
         for start in range(0, num_tokens, chunk):
             tokens = _tokens(min(chunk, num_tokens - start), parts.device.spec.vocab_size)
