@@ -10,22 +10,24 @@ import asyncio
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from forepage.suites.registry import SUITES
 from loadtest.quality.answers import Answer, AnswerFile, read_answers
 from loadtest.quality.arms import Arm
 from loadtest.quality.endpoint import Endpoint, first_model
 from loadtest.quality.items import Document, generated
+from loadtest.quality.matrix import Matrix, MatrixPlan, PlanError, taking_turns
 from loadtest.quality.published import FormatError, read_longbench, read_longmemeval, read_ruler
 from loadtest.quality.report import ablation_of, result_of, write
 from loadtest.quality.runner import Runner, RunSettings
+from loadtest.quality.tally import Tally
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 TEST_SEED = 1_000_000
@@ -103,6 +105,37 @@ def run(
 
 
 @app.command()
+def matrix(
+    plan: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="TOML file of cells")],
+    out: Annotated[Path, typer.Option(help="file of raw answers, appended to")],
+    base_url: Annotated[
+        list[str] | None, typer.Option(help="an endpoint, with /v1; several times: they share the work")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.05, help="stop asking after so long")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="added to the documents' seeds")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="requests under way at each endpoint")] = 16,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", help="sent as a bearer token")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="of one request")] = 300.0,
+) -> None:
+    """Ask a whole plan of suites, lengths and arms; stopped or failed, run the same command again."""
+    try:
+        wanted = MatrixPlan.read(plan)
+    except PlanError as error:
+        raise typer.BadParameter(str(error)) from error
+    _note(out, {"command": shlex.join(["python", "-m", "loadtest.quality", *sys.argv[1:]])})
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    urls = base_url or ["http://127.0.0.1:8000/v1"]
+    clients = [httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout_s) for url in urls]
+    until_s = None if minutes is None else time.monotonic() + 60.0 * minutes
+    tally = asyncio.run(_matrix(clients, AnswerFile(out), wanted, concurrency, TEST_SEED + seed, until_s))
+    typer.echo(f"{tally.asked} answers, {tally.failed} failed; all were asked: {tally.is_whole}")
+    if tally.failed or not tally.is_whole:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     answers: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="files of raw answers")],
     out: Annotated[Path, typer.Option(help="folder for quality.json, .md and .png")],
@@ -154,6 +187,28 @@ def ablation(
     typer.echo(f"{len(result['rows'])} rows: {out / 'ablation'}.json, .md")
 
 
+async def _matrix(
+    clients: list[httpx.AsyncClient],
+    answers: AnswerFile,
+    plan: MatrixPlan,
+    concurrency: int,
+    first_seed: int,
+    until_s: float | None,
+) -> Tally:
+    """Run with a progress bar; closes what it is given."""
+    total, done = plan.num_answers, len(answers.done)
+    with Tally.shown(total=total, done=done) as tally:
+        try:
+            endpoints = [Endpoint(client, await first_model(client)) for client in clients]
+            running = Matrix(endpoints, answers, concurrency, tally.add, until_s)
+            tally.is_whole = await running.run(taking_turns(plan.cells(), first_seed))
+        finally:
+            answers.close()
+            for client in clients:
+                await client.aclose()
+    return tally
+
+
 async def _run(
     client: httpx.AsyncClient,
     model: str | None,
@@ -163,27 +218,14 @@ async def _run(
     total: int,
 ) -> int:
     """Run with a progress bar; how many requests failed."""
-    right = asked = failed = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("asking", total=total, completed=min(total, len(answers.done)))
-
-        def on_answer(answer: Answer) -> None:
-            nonlocal right, asked, failed
-            asked += 1
-            failed += answer.error is not None
-            right += answer.score >= 1.0
-            progress.update(
-                bar, advance=1, description=f"{answer.suite} {answer.length_tokens} {right}/{asked} right"
-            )
-
+    with Tally.shown(total=total, done=len(answers.done)) as tally:
         async with client:
             endpoint = Endpoint(client, model or await first_model(client))
             try:
-                await Runner(endpoint, answers, settings, on_answer).run(documents)
+                await Runner(endpoint, answers, settings, tally.add).run(documents)
             finally:
                 answers.close()
-    return failed
+    return tally.failed
 
 
 def _published(ruler: list[Path], longmemeval: Path | None, longbench: Path | None) -> Iterator[Document]:

@@ -32,12 +32,17 @@ class Runner:
         answers: AnswerFile,
         settings: RunSettings,
         on_answer: Callable[[Answer], None],
+        *,
+        slots: asyncio.Semaphore | None = None,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`slots` are shared by runners of one endpoint; once `is_over` nothing more is asked."""
+        self._is_over = is_over
         self._endpoint = endpoint
         self._answers = answers
         self._settings = settings
         self._on_answer = on_answer
-        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._slots = slots or asyncio.Semaphore(settings.concurrency)
 
     async def run(self, documents: Iterable[Document]) -> None:
         """Everything that has no answer yet; two documents at a time, so that the server never idles."""
@@ -50,6 +55,11 @@ class Runner:
                 await pending.acquire()
                 task = tasks.create_task(self._document(todo))
                 task.add_done_callback(lambda _: pending.release())
+
+    async def document(self, document: Document) -> None:
+        """What of one document has no answer yet."""
+        if todo := self._todo(document):
+            await self._document(todo)
 
     def _todo(self, document: Document) -> list[tuple[Item, Arm]]:
         return [
@@ -68,6 +78,8 @@ class Runner:
 
     async def _ask(self, item: Item, arm: Arm) -> None:
         async with self._slots:
+            if self._is_over():
+                return
             started = monotonic()
             reply = await self._endpoint.ask(item, self._fields(arm))
             answer = Answer.of(
