@@ -54,7 +54,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="added to the documents' seeds")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="requests under way")] = 8,
     budget_blocks: Annotated[
-        int | None, typer.Option(help="blocks kept by score; default: the server's")
+        int | None, typer.Option(help="blocks kept by score; default: by the length, as a server does")
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="an entry is wanted above it; default: the server's")

@@ -42,6 +42,7 @@ class CellPlan(BaseModel):
     questions: Annotated[int, Field(ge=1)]
     per_document: Annotated[int, Field(ge=1)] = 16
     budget_blocks: Annotated[int, Field(ge=1)] | None = None
+    """None: what a server gives to prompts of this length."""
     threshold: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
 
 

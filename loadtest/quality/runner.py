@@ -7,7 +7,7 @@ from time import monotonic
 from typing import Any
 
 from loadtest.quality.answers import Answer, AnswerFile
-from loadtest.quality.arms import Arm, residency_fields
+from loadtest.quality.arms import Arm, budget_of, residency_fields
 from loadtest.quality.endpoint import Endpoint
 from loadtest.quality.items import Document, Item
 
@@ -81,7 +81,7 @@ class Runner:
             if self._is_over():
                 return
             started = monotonic()
-            reply = await self._endpoint.ask(item, self._fields(arm))
+            reply = await self._endpoint.ask(item, self._fields(item, arm))
             answer = Answer.of(
                 item,
                 arm,
@@ -93,9 +93,8 @@ class Runner:
         self._answers.append(answer)
         self._on_answer(answer)
 
-    def _fields(self, arm: Arm) -> dict[str, Any] | None:
+    def _fields(self, item: Item, arm: Arm) -> dict[str, Any] | None:
         if self._settings.plain:
             return None
-        return residency_fields(
-            arm, budget_blocks=self._settings.budget_blocks, threshold=self._settings.threshold
-        )
+        budget = self._settings.budget_blocks or budget_of(item.length_tokens)
+        return residency_fields(arm, budget_blocks=budget, threshold=self._settings.threshold)

@@ -24,7 +24,7 @@ from forepage.text.messages import ChatMessage, Conversation, Role
 from forepage.text.tokenizer import Tokenizer
 from forepage.text.wording import Wording
 from loadtest.quality.__main__ import TEST_SEED
-from loadtest.quality.arms import Arm, residency_fields
+from loadtest.quality.arms import Arm, budget_of, residency_fields
 from loadtest.quality.endpoint import Endpoint, Reply, first_model
 from loadtest.quality.items import Document, Item, generated
 from loadtest.shadow.checked import Checked
@@ -45,7 +45,8 @@ class Shadow:
 
     async def check(self, item: Item, arm: Arm, *, budget_blocks: int | None) -> Checked:
         """One answer."""
-        fields = residency_fields(arm, budget_blocks=budget_blocks, threshold=None)
+        budget = budget_blocks or budget_of(item.length_tokens)
+        fields = residency_fields(arm, budget_blocks=budget, threshold=None)
         reply = await self._endpoint.ask(item, fields)
         residency = reply.usage.get("forepage") or {}
         about = (item.suite, item.length_tokens, arm.value, residency)

@@ -115,6 +115,8 @@ def evaluate(context: typer.Context) -> None:
     forepage eval run --length 8192 --questions 20 --out a.jsonl
     forepage eval report a.jsonl --out folder  table, picture, JSON
     forepage eval run --help                   every option
+    forepage eval matrix PLAN.toml --out a.jsonl
+                                               suites, lengths and arms of a plan, over several servers
     forepage eval shadow --length 16384 --out folder
                                                was what answers said of their evidence true?
     """
