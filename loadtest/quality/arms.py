@@ -27,7 +27,7 @@ PAGED = (Arm.LOOKAHEAD, Arm.GUARDED, Arm.RECENCY_ONLY, Arm.RANDOM)
 
 
 def budget_of(length_tokens: int) -> int:
-    """The budget a server gives a prompt of this length. Named: a request that names none may be kept full."""
+    """What a server gives a prompt of this length. Named: a request that names none may be kept full."""
     return budget_for(-(-length_tokens // BLOCK_TOKENS))
 
 
