@@ -105,6 +105,7 @@ def _row(
         "escalations": _mean(_reported(answers, "escalations")),
         "moves_to_exact": _mean(_reported(answers, "moves_to_exact")),
         "full_by_size": _mean(_reported(answers, "full_by_size")),
+        "full_by_room": _mean(_reported(answers, "full_by_room")),
     }
     row = {name: _rounded(value) for name, value in row.items()}
     return {**row, "why": "; ".join(_why(row, arm, answers)) or None}

@@ -136,6 +136,7 @@ def report_of(*, audit: bool) -> worker_pb2.ResidencyReport:
         request,
         final_mode=worker_pb2.RESIDENCY_MODE_LOOKAHEAD,
         full_by_size=False,
+        full_by_room=False,
         budget=8,
         slack=4,
         num_layers=1,

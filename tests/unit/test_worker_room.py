@@ -76,7 +76,8 @@ def test_with_room_nothing_is_dropped_and_nothing_asked(mode: ResidencyMode, ahe
         assert running.tokens == full.tokens
         assert rig.index.questions == []
         assert running.report.full_steps == 39
-        assert running.report.full_by_size
+        assert running.report.full_by_room
+        assert not running.report.full_by_size
         rig.check_baseline()
 
 
@@ -85,7 +86,7 @@ def test_one_that_asks_to_page_is_paged_although_there_is_room() -> None:
         rig.index.auto = wants(1, 3)
         running = rig.submit(PROMPT, mode=LOOKAHEAD, max_tokens=40, asks_to_page=True)
         rig.run(running)
-        assert not running.report.full_by_size
+        assert not running.report.full_by_room
         assert running.report.full_steps == 0
         rig.check_baseline()
 

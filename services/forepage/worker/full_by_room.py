@@ -31,7 +31,7 @@ class FullByRoom:
         """Before its first plan: whether the sequence stays `full`, for it and all it may come to be."""
         if not self._try_promise_all(sequence, num_staging=0):
             return False
-        sequence.room = Room.KEPT
+        sequence.room, sequence.was_full_by_room = Room.KEPT, True
         self._parts.telemetry.count(MetricName.ROOM_MOVES, reason="kept")
         return True
 
@@ -60,6 +60,7 @@ class FullByRoom:
         if sequence.room is Room.FILLING and sequence.resident.rows_complete:
             count(MetricName.ROOM_BYTES, loaded_bytes, reason="loaded")
             self._end(sequence, Room.KEPT, reason="returned")
+            sequence.was_full_by_room = True
         elif sequence.room is Room.LEAVING and not sequence.resident.rows_complete:
             count(MetricName.ROOM_BYTES, dropped_bytes, reason="dropped")
             self._end(sequence, Room.PAGED, reason="left")

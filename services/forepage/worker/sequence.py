@@ -137,6 +137,8 @@ class Sequence:
     incarnation: int = field(default_factory=lambda: secrets.randbits(62))
     phase: Phase = Phase.WAITING
     room: Room = Room.PAGED
+    was_full_by_room: bool = False
+    """Whether that was so at any of its steps."""
     moves_since_s: float = 0.0
     """When it was decided that it leaves `full`, or returns."""
     tokens: list[int] = field(default_factory=list)

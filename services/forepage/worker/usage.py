@@ -11,6 +11,7 @@ from forepage.worker.sequence import Sequence
 def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyReport:
     """Everything that was counted; also records the request's mean footprint."""
     report = sequence.report
+    could_page = sequence.request.mode is not ResidencyMode.FULL
     never_paged = report.paged_steps == 0 and report.exact_steps == 0
     if report.footprint.value is not None:
         parts.telemetry.record(
@@ -19,7 +20,8 @@ def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyRepo
     return report.message(
         sequence.request,
         final_mode=PROTO_OF_MODE[sequence.mode_now],
-        full_by_size=never_paged and sequence.request.mode is not ResidencyMode.FULL,
+        full_by_size=never_paged and could_page and not sequence.was_full_by_room,
+        full_by_room=sequence.was_full_by_room,
         budget=max(report.budget_max, sequence.request.budget_blocks),
         slack=parts.settings.load_slack_blocks,
         num_layers=len(parts.geometry.c4_layers),
