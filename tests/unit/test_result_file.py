@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.result_file import result_file
+from loadtest.result_file import commit_of_tree, result_file
 
 ROOT = Path(__file__).parents[2]
 HEAD = ["what", "command", "commit", "date", "device", "ceilings", "config", "why", "rows"]
@@ -22,8 +22,26 @@ def test_it_says_what_how_where_and_when() -> None:
     assert datetime.fromisoformat(found["date"]).utcoffset() is not None
     head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-    assert (found["commit"] or "") == commit
+    assert (found["commit"] or "").removesuffix("-dirty") == commit
     assert found["why"].keys() == ({"ceilings"} if commit else {"ceilings", "commit"})
+
+
+def test_a_commit_whose_files_were_changed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e@x")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    source = tmp_path / "result_file.py"
+    source.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr("loadtest.result_file.__file__", str(source))
+    clean = commit_of_tree()
+    source.write_text("2")
+    assert clean is not None
+    assert len(clean) == 40
+    assert commit_of_tree() == f"{clean}-dirty"
 
 
 def test_without_git_it_says_why_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ def test_stages_add_and_replace_their_rows(tmp_path: Path) -> None:
     body = json.loads((folder / "training.json").read_text())
     assert [(one["stage"], one["seconds"]) for one in body["rows"]] == [("indexer", 2.0), ("dump", 3.0)]
     assert body["config"] == {"dump": {"a": 4}, "indexer": {"b": 2}}
-    shape = {"what", "command", "commit", "date", "device", "ceilings", "config", "rows"}
+    shape = {"what", "command", "commit", "date", "device", "ceilings", "config", "why", "rows"}
     assert set(body) == shape
     assert set(body["rows"][0]) == {
         "stage",

@@ -37,8 +37,9 @@ def write_row(folder: Path, row: StageRow, *, what: str, config: Mapping[str, An
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device(),
-        "ceilings": {},
+        "ceilings": None,
         "config": earlier.get("config", {}) | {row.stage: dict(config)},
+        "why": {"ceilings": "a stage is held against no limit of the device"},
         "rows": [*rows, asdict(row)],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,9 +64,9 @@ def device() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout, if it is one."""
+    """Of the checkout, if it is one; "-dirty" behind it if its files were changed."""
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
