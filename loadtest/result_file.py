@@ -36,7 +36,7 @@ def result_file(
 
 
 def commit_of_tree() -> str | None:
-    """The commit that these files are of, "-dirty" behind it if they were changed; None outside a work tree."""
+    """The commit of these files, "-dirty" behind it if they were changed; None outside a work tree."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
