@@ -273,11 +273,12 @@ def _host_table(report: ModelReport, settings: WorkerSettings, host_bytes: int) 
 
 
 def _fine_print(settings: WorkerSettings) -> str:
-    budget = "by length, in" if settings.budget_blocks is None else f"{settings.budget_blocks}"
+    given = settings.budget_blocks
+    budget = "a budget that follows the length" if given is None else f"budget {given} blocks"
     return (
         "A worker holds weights as FOREPAGE_MODEL__WEIGHT_DTYPE says; on a CPU head, router and compressors "
         "in fp32.\n"
-        f"Fits: budget {budget} blocks, {settings.recent_tokens} recent tokens, "
+        f"Fits: {budget}, {settings.recent_tokens} recent tokens, "
         f"{settings.load_slack_blocks} blocks of slack; window and compressor state counted; nothing is set "
         "aside for activations.\n"
         "One sequence at a time is prefilled, which takes all its KV. All ranks hold the same KV.\n"
