@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from forepage.settings import ModelSettings
+from forepage.settings import ModelSettings, WorkerSettings
 from forepage.worker.assembly import ModelFolder
 from loadtest.result_file import result_file
 from loadtest.throughput.case import Arm, Case, Plan
@@ -133,7 +133,7 @@ def shared_options(
     parser.add_argument("--overlap", type=float, default=0.85, help="of an interval's blocks with the next's")
     parser.add_argument("--interval-steps", type=int, default=64)
     parser.add_argument("--recent-tokens", type=int, default=2048)
-    parser.add_argument("--slack-blocks", type=int, default=64)
+    parser.add_argument("--slack-blocks", type=int, default=WorkerSettings().load_slack_blocks)
     parser.add_argument("--answer-tokens", type=int, default=8192, help="most tokens of a sequence")
     parser.add_argument("--warm-tokens", type=int, default=64, help="of each before the window begins")
     parser.add_argument(
