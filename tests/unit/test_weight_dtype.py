@@ -38,7 +38,7 @@ LARGE: dict[str, object] = {
 OVERHEAD_BYTES = 64 << 20
 """Memory a start may take beside what it leaves; the promise is 1 GiB."""
 MEASURE = """
-import json, sys, torch
+import ctypes, json, sys, torch
 from dataclasses import fields
 from pathlib import Path
 from forepage.model.rank_group import ALONE
@@ -60,7 +60,9 @@ start(warm_up).copies.close()
 before = status("VmRSS")
 device = start(large)
 pools = sum(getattr(device.memory.pools, field.name).nbytes for field in fields(device.memory.pools))
-left, peak = status("VmRSS") - before, status("VmHWM") - before
+peak = status("VmHWM") - before
+ctypes.CDLL(None).malloc_trim(0)  # what is free again, and the allocator keeps, is not left
+left = status("VmRSS") - before
 device.copies.close()
 print(json.dumps({"pools": pools, "left": left, "peak": peak}), file=sys.stderr)
 """
