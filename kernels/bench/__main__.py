@@ -70,7 +70,8 @@ def main(
     named = {name.value: value for name, value in ceilings.items()}
     typer.echo(table(rows, named))
     if out is not None:
-        write(out, "results", _result(rows, named, only))
+        name = "-".join(("results", *(only or ())))  # those of some kernels don't take the place of all
+        write(out, name, _result(rows, named, only))
 
 
 def _checked(case: Case) -> float:

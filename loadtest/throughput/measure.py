@@ -68,7 +68,7 @@ class Stream:
 
 
 class Phase(StrEnum):
-    """Of guarded sequences: while every step is audited before its token is given, and after that."""
+    """Of guarded sequences: while (of some) every step is audited before its token is given, and later."""
 
     EARLY = "early"
     STEADY = "steady"
@@ -89,6 +89,8 @@ class Window:
     frozen_gaps_ms: list[float]
     """As `gaps_ms`, a while later, with the index stopped: no set changes. Empty where that was not done."""
     phase: Phase | None = None
+    early_share: float | None = None
+    """Of the tokens of an early window: those among the first `early_tokens` of their sequence."""
 
     def grew(self, name: str, labels: str = "") -> float:
         """By how much a counter did."""
@@ -153,8 +155,16 @@ async def _window(
     freeze: bool,
 ) -> Window:
     before, begin_s = await asyncio.to_thread(system.counters), time.perf_counter()
-    await wait_for(streams, length.window_s, length.window_tokens, length.start_s)
+    is_early = phase is Phase.EARLY
+    await wait_for(
+        streams,
+        length.window_s,
+        length.window_tokens,
+        length.start_s,
+        most=length.early_tokens if is_early else None,
+    )
     end_s = time.perf_counter()
+    share = early_share(streams, begin_s, end_s, length.early_tokens) if is_early else None
     after = await asyncio.to_thread(system.counters)
     held: pb.DescribeReply = await stub.Describe(pb.DescribeRequest(), timeout=CALL_S)
     frozen: list[float] = []
@@ -166,7 +176,7 @@ async def _window(
             frozen = all_gaps(streams, frozen_s, time.perf_counter())
     gaps = all_gaps(streams, begin_s, end_s)
     ttft = [(stream.arrivals[0][0] - stream.asked_s) * 1e3 for stream in streams]
-    return Window(end_s - begin_s, len(gaps), gaps, ttft, before, after, held, frozen, phase)
+    return Window(end_s - begin_s, len(gaps), gaps, ttft, before, after, held, frozen, phase, share)
 
 
 def request_of(system: System, case: Case, number: int, *, names_budget: bool = True) -> pb.GenerateRequest:
@@ -210,9 +220,16 @@ def _check(streams: list[Stream]) -> None:
             raise WindowError("a sequence ended before the window did: raise --answer-tokens")
 
 
-async def wait_for(streams: list[Stream], seconds: float, num_tokens: int, patience_s: float) -> None:
-    """Let them decode so long, and each so many tokens. Raises: as `_check`, WindowError out of patience."""
+async def wait_for(
+    streams: list[Stream], seconds: float, num_tokens: int, patience_s: float, *, most: int | None = None
+) -> None:
+    """Let them decode so long, and each so many tokens; `most`: no longer than until the first has so many.
+
+    Raises: as `_check`, WindowError out of patience.
+    """
     begin_s = time.perf_counter()
+    if most is not None and max(stream.num_tokens for stream in streams) >= most:
+        most = None  # some are past it already
     wanted = [stream.num_tokens + num_tokens for stream in streams]
     while True:
         _check(streams)
@@ -220,11 +237,26 @@ async def wait_for(streams: list[Stream], seconds: float, num_tokens: int, patie
         slow = sum(stream.num_tokens < least for stream, least in zip(streams, wanted, strict=True))
         if passed_s >= seconds and not slow:
             return
+        if most is not None and max(stream.num_tokens for stream in streams) >= most:
+            return
         if passed_s > seconds + patience_s:
             raise WindowError(
                 f"{slow} of {len(streams)} sequences gave no {num_tokens} tokens within {passed_s:.0f} s"
             )
         await asyncio.sleep(POLL_S)
+
+
+def early_share(streams: list[Stream], begin_s: float, end_s: float, early_tokens: int) -> float | None:
+    """Of the tokens that came in this time: those among the first so many of their sequence."""
+    early = total = 0
+    for stream in streams:
+        seen = 0
+        for at_s, count in stream.arrivals:
+            if begin_s <= at_s <= end_s:
+                total += count
+                early += max(0, min(count, early_tokens - seen))
+            seen += count
+    return early / total if total else None
 
 
 def all_gaps(streams: list[Stream], begin_s: float, end_s: float) -> list[float]:

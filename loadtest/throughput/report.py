@@ -55,6 +55,7 @@ DECODE_COLUMNS: Columns = (
     ("context_tokens", ","),
     ("arm", ""),
     ("phase", ""),
+    ("early_share", ".0%"),
     ("paging", ""),
     ("concurrency", ","),
     ("concurrency_vs_full", ".2f"),

@@ -65,7 +65,7 @@ def row_of(
 ) -> Row:
     """`found` is what was seen, or how it failed."""
     fits = int(host_bytes * HOST_SHARE // case.host_bytes)
-    why: dict[str, str] = {"phase": "every step is alike"}
+    why: dict[str, str] = {"phase": "every step is alike", "early_share": "not an early window"}
     row: Row = {
         "measures": "decode",
         "context_tokens": case.context_tokens,
@@ -73,6 +73,7 @@ def row_of(
         "batch1": batch1,
         "paging": _paging(case, as_shipped=as_shipped),
         "phase": None,
+        "early_share": None,
         "index_placement": index_placement,
         "kv_budget_bytes": case.plan.kv_bytes,
         "experts_stored": experts_stored,
@@ -104,6 +105,7 @@ def _measured(case: Case, window: Window, sequences: int) -> Row:
     stalled_s = sum(window.grew(STALLED, stall) for stall in STALLS)
     return {
         "phase": window.phase,
+        "early_share": window.early_share,
         "ttft_ms": fmean(window.ttft_ms),
         "tokens_per_s": window.num_tokens / window.seconds,
         "itl_p50_ms": percentile(gaps, 0.50) if gaps else None,

@@ -145,6 +145,9 @@ def shared_options(
     parser.add_argument(
         "--weights", type=Path, help="where the weights are kept, 26 GB for `flash`; none: for this run only"
     )
+    parser.add_argument(
+        "--note", action="append", default=[], help="what else there is to know, as what ran beside it"
+    )
     parser.add_argument("--add", action="store_true", help="keep the rows that --out has: of this machine")
     return parser
 
@@ -157,6 +160,8 @@ def host_bytes() -> int:
 def _head(options: argparse.Namespace, folder: ModelFolder, command: str) -> dict[str, Any]:
     """The whole file, without rows yet."""
     is_gpu = _device(options) != "cpu"
+    if is_gpu:
+        torch.cuda.set_device(torch.device(_device(options)).index or 0)
     ceilings = link_ceilings() if is_gpu else None
     return result_file(
         WHAT,
@@ -168,7 +173,7 @@ def _head(options: argparse.Namespace, folder: ModelFolder, command: str) -> dic
         },
         ceilings=ceilings,
         config={
-            "notes": NOTES,
+            "notes": " ".join((NOTES, *options.note)),
             "model": folder.name,
             "layers": folder.spec.num_layers,
             "footprints": options.footprint or {str(key): value for key, value in FOOTPRINTS.items()},

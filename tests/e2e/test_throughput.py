@@ -34,6 +34,7 @@ def test_every_arm_decodes_its_history_and_leaves_a_whole_row(tmp_path: Path) ->
     early = [row for row in asked if row["phase"] == "early"]
     assert [(row["arm"], row["batch1"]) for row in early] == [("guarded", True), ("guarded", False)]
     assert all(row["why"]["itl_p99_vs_frozen"] for row in early)
+    assert all(0.0 <= row["early_share"] <= 1.0 for row in early)
     rows = {(row["arm"], row["batch1"]): row for row in asked if row["phase"] != "early"}
     assert set(rows) == {(arm.value, batch1) for arm in Arm for batch1 in (True, False)}
     assert len(result["rows"]) == 10 + len(early) + 1
@@ -49,7 +50,7 @@ def test_every_arm_decodes_its_history_and_leaves_a_whole_row(tmp_path: Path) ->
         assert (row["gpu_kv_bytes_c4"] < whole) == (arm != "full")
         assert (row["gpu_kv_bytes_index"] < keys) == (arm in ("lookahead", "guarded"))
     assert any(row["prefetch_ms_load"] for row in result["rows"])
-    paged = [row for row in asked if row["arm"] != "full"]
+    paged = [row for row in asked if row["arm"] != "full" and row["phase"] != "early"]
     assert all(row["boundary_to_commit_steps_p50"] <= row["boundary_to_commit_steps_p99"] for row in paged)
     assert all(row["prefetch_ms_queue"] >= 0 and row["stall_share"] >= 0 for row in paged)
     assert all((row["itl_p99_vs_frozen"] is None) == (row["arm"] == "full") for row in rows.values())

@@ -1,6 +1,8 @@
 """What a throughput case holds, and the memory divided for it: as the worker would count."""
 
+import asyncio
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,8 @@ from forepage.rpc import worker_pb2 as pb
 from forepage.settings import WorkerSettings
 from forepage.worker.gpu_blocks import PoolSizes
 from loadtest.throughput.case import Arm, Case, Plan
-from loadtest.throughput.measure import Window
+from loadtest.throughput.join import JoinError, join
+from loadtest.throughput.measure import Stream, Window, WindowError, early_share, wait_for
 from loadtest.throughput.system import Counters
 from loadtest.throughput.trace import Trace
 
@@ -78,6 +81,49 @@ def test_a_trace_keeps_its_overlap_and_its_budget(num_candidates: int) -> None:
 def test_a_trace_wants_no_more_than_there_is() -> None:
     assert Trace(60, 64, 0.85).blocks(5, 0) == [0, 1, 2, 3, 4]
     assert Trace(60, 64, 0.85).blocks(0, 0) == []
+
+
+def stream(*arrivals: tuple[float, int]) -> Stream:
+    return Stream(0.0, list(arrivals))
+
+
+def test_the_early_share_counts_the_first_tokens_of_each_sequence() -> None:
+    late = stream((1.0, 3), (2.0, 2), (3.0, 2), (9.0, 5))
+    young = stream((2.5, 1), (3.5, 1))
+    assert early_share([late, young], 1.5, 4.0, 4) == (1 + 2) / (4 + 2)
+    assert early_share([young], 1.5, 4.0, 4) == 1.0
+    assert early_share([late], 20.0, 30.0, 4) is None
+
+
+@pytest.mark.parametrize(("tokens", "most", "ends"), [(3, 3, True), (5, 4, True), (2, 3, False)])
+async def test_a_window_ends_when_the_first_sequence_has_so_many(tokens: int, most: int, ends: bool) -> None:
+    grows = stream((0.0, 1))
+
+    async def come() -> None:
+        grows.arrivals.append((1.0, tokens - 1))
+
+    waiting = asyncio.create_task(wait_for([grows], 0.5, 100, 0.5, most=most))
+    await asyncio.sleep(0.05)
+    await come()
+    if ends:
+        await waiting
+    else:
+        with pytest.raises(WindowError):
+            await waiting
+
+
+def joined(*parts: dict[str, Any]) -> list[int]:
+    return [row["context_tokens"] for row in join(parts)["rows"]]
+
+
+def test_parts_of_one_machine_are_joined_in_order_and_others_refused() -> None:
+    row = {"measures": "decode", "arm": "full", "concurrency": 1}
+    head = {"what": "w", "device": "d", "commit": "c", "config": {}, "command": "x", "date": "2"}
+    short, long = ({**head, "rows": [{**row, "context_tokens": tokens}]} for tokens in (1, 2))
+    assert joined(long, short) == [1, 2]
+    for name in ("device", "commit", "config", "what"):
+        with pytest.raises(JoinError, match=name):
+            joined(short, {**long, name: "other"})
 
 
 def window(before: Counters, after: Counters) -> Window:
