@@ -91,6 +91,7 @@ class Attr(StrEnum):
     SEQUENCE_ID = "forepage.sequence.id"
     WORKER_ID = "forepage.worker.id"
     MODE = "forepage.residency.mode"
+    KEPT_FULL = "forepage.residency.kept_full"
     INTERVAL = "forepage.lookahead.interval"
     POSITION = "forepage.lookahead.position"
     DESIRED_BLOCKS = "forepage.lookahead.desired_blocks"

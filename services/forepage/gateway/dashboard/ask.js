@@ -70,7 +70,7 @@ export function openAsking({ at, showNotice, showRefusal, setOwn, watchCells, co
       ["seconds", (elapsed / 1000).toFixed(1)],
     ];
     if (report) {
-      facts.push(["mode at the end", report.full_by_size ? "full: it fitted" : report.full_by_room ? "full: there was room" : report.mode_final], ["evidence recall", report.evidence_recall_mean === null ? "no audit yet" : percent(report.evidence_recall_mean)],
+      facts.push(["mode at the end", report.full_by_size ? "full: it fitted" : report.full_by_room && !report.paged_steps && !report.exact_steps ? "full: there was room" : report.mode_final], ["evidence recall", report.evidence_recall_mean === null ? "no audit yet" : percent(report.evidence_recall_mean)],
         ["audited steps", count(report.audited_steps)], ["KV footprint", percent(report.kv_footprint)], ["most blocks resident", count(report.resident_blocks_max)], ["late plans", count(report.late_plans)]);
     }
     at("facts").replaceChildren(...facts.map(([name, value]) => {
