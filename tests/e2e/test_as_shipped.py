@@ -1,4 +1,4 @@
-"""A server with its own defaults keeps a request that is alone whole, and says so; one that asks to page pages."""
+"""A server with its own defaults keeps a lone request whole, and says so; one that asks to page pages."""
 
 from pathlib import Path
 from typing import Any
