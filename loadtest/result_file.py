@@ -3,11 +3,11 @@
 The tools that measure add their rows, and may add more behind them.
 """
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
+
+from forepage.checkout import commit_of_checkout
 
 
 def result_file(
@@ -21,7 +21,7 @@ def result_file(
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The whole file; `why` says it of each figure of the head that is missing, but of the commit."""
-    commit = commit_of_tree()
+    commit = commit_of_checkout()
     return {
         "what": what,
         "command": command,
@@ -33,13 +33,3 @@ def result_file(
         "why": dict(why) if commit else {**why, "commit": "not run in a git work tree"},
         "rows": list(rows),
     }
-
-
-def commit_of_tree() -> str | None:
-    """The commit of these files, "-dirty" behind it if they were changed; None outside a work tree."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

@@ -369,9 +369,8 @@ def _named(attributes: Mapping[str, AttributeValue]) -> dict[str, AttributeValue
 
 
 def _otlp_endpoint(signal: str) -> str | None:
-    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT") or os.environ.get(
-        "OTEL_EXPORTER_OTLP_ENDPOINT"
-    )
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next(filter(None, map(os.environ.get, names)), None)
 
 
 def _of_kind(kind: str) -> list[MetricName]:

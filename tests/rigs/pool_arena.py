@@ -25,7 +25,7 @@ from forepage.kv.geometry import KvGeometry
 from forepage.settings import Verify
 from forepage.telemetry import Telemetry
 from forepage.worker.arena_access import Grant, GrantRequest
-from rigs.worker import MemoryArena
+from rigs.memory_arena import MemoryArena
 
 HOLDER, OTHER = HolderId("worker"), HolderId("other")
 T = TypeVar("T")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.result_file import commit_of_tree, result_file
+from forepage.checkout import commit_of_checkout
+from loadtest.result_file import result_file
 
 ROOT = Path(__file__).parents[2]
 HEAD = ["what", "command", "commit", "date", "device", "ceilings", "config", "why", "rows"]
@@ -31,17 +32,17 @@ def test_a_commit_whose_files_were_changed_says_so(tmp_path: Path, monkeypatch: 
         who = ("-c", "user.name=n", "-c", "user.email=e@x")
         subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
 
-    source = tmp_path / "result_file.py"
+    source = tmp_path / "checkout.py"
     source.write_text("1")
     git("init")
     git("add", ".")
     git("commit", "-m", "one")
-    monkeypatch.setattr("loadtest.result_file.__file__", str(source))
-    clean = commit_of_tree()
+    monkeypatch.setattr("forepage.checkout.__file__", str(source))
+    clean = commit_of_checkout()
     source.write_text("2")
     assert clean is not None
     assert len(clean) == 40
-    assert commit_of_tree() == f"{clean}-dirty"
+    assert commit_of_checkout() == f"{clean}-dirty"
 
 
 def test_without_git_it_says_why_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """training.json: one row a stage of training, in the shape of all our result files; each adds its own."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from forepage.checkout import commit_of_checkout
 
 RESULT_FILE = "training.json"
 
@@ -34,7 +35,7 @@ def write_row(folder: Path, row: StageRow, *, what: str, config: Mapping[str, An
     body = {
         "what": what,
         "command": "forepage " + " ".join(sys.argv[1:]),
-        "commit": commit(),
+        "commit": commit_of_checkout(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device(),
         "ceilings": None,
@@ -61,13 +62,3 @@ def device() -> dict[str, Any]:
     """What measured."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"gpu": gpu, "torch": torch.__version__}
-
-
-def commit() -> str | None:
-    """Of the checkout, if it is one; "-dirty" behind it if its files were changed."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

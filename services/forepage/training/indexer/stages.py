@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from forepage.checkout import commit_of_checkout
 from forepage.errors import ModelFormatError
 from forepage.model.safetensors_file import read_file
 from forepage.training.backbone.journal import journal
@@ -25,7 +26,7 @@ from forepage.training.indexer.shards import DumpHeader
 from forepage.training.indexer.start import first_tensors
 from forepage.training.indexer.text_store import TextStore
 from forepage.training.indexer.validation import PlanCells, validation_cells
-from forepage.training.results import StageRow, commit, device, peak_gpu_bytes, write_row
+from forepage.training.results import StageRow, device, peak_gpu_bytes, write_row
 
 WHAT = "training of a memory indexer"
 
@@ -152,7 +153,7 @@ def _best(folder: Path) -> dict[str, torch.Tensor]:
 def _head(config: IndexerTrainingConfig, header: DumpHeader) -> dict[str, Any]:
     return {
         "what": "calibration of a memory indexer: validation plans, full candidate set",
-        "commit": commit(),
+        "commit": commit_of_checkout(),
         "device": device(),
         "model_fingerprint": header.model_fingerprint,
         "config": {
