@@ -4,8 +4,9 @@
 The k groups of largest maximum (ties to the lower group) hold the k largest values with the same rule for
 ties: each of them has a value that comes before anything in a group left out. So one program a row selects
 k of the few groups at the top, opens those, selects k of their 8 k members, and so on down to the row itself:
-the work does not depend on how values are spread or tied. A selection happens in registers: four passes of
-a radix search for the k-th value, and a prefix sum that keeps the order. Without atomics it is deterministic.
+the work hardly depends on how values are spread or tied. A selection happens in registers: the k-th value is
+found digit by digit, by counting what is at least each candidate, until the count is k; then a prefix sum
+keeps the order. Without atomics it is deterministic.
 """
 
 import torch
@@ -24,9 +25,14 @@ MAX_COMMON_K = 2048
 """Up to this k tiles do not shrink with short rows."""
 WARP_ENTRIES = 256
 """Values a warp handles: 8 in each thread."""
+DIGIT_BITS = 2
+"""Bits of the k-th value that one pass over the values finds."""
+COUNT_BITS = tl.constexpr(21)
+"""Of a packed count: a program has 2^20 values at most."""
+COUNT_MASK = tl.constexpr((1 << 21) - 1)
 
 
-def select_topk(logits: Tensor, k: int) -> Tensor:
+def select_topk(logits: Tensor, k: int, digit_bits: int = DIGIT_BITS) -> Tensor:
     """See the package."""
     rows, num_entries = logits.shape
     selected = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
@@ -57,6 +63,7 @@ def select_topk(logits: Tensor, k: int) -> Tensor:
             LEVELS=levels,
             BLOCK_TOP=block_top,
             BLOCK_K=block_k,
+            DIGIT_BITS=digit_bits,
             num_warps=min(16, max(1, widest // WARP_ENTRIES)),
         )
     return selected
@@ -106,6 +113,7 @@ def select_row(
     LEVELS: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
 ) -> None:
     """One row of selected i64 [rows, k]; in between it holds the groups selected so far."""
     row = tl.program_id(0).to(tl.int64)
@@ -129,36 +137,57 @@ def select_row(
             member = group[:, None] * 8 + tl.arange(0, 8)[None, :]
             item = tl.reshape(tl.where(group[:, None] < 0, count, member), [BLOCK_K * 8])
         value = tl.load(values + item, mask=item < count, other=float("-inf"))
-        select_items(value, item, selected, k)
+        select_items(value, item, selected, k, DIGIT_BITS)
 
 
 @jit
-def select_items(value: tl.tensor, item: tl.tensor, selected: tl.tensor, k: tl.tensor) -> None:
+def select_items(
+    value: tl.tensor, item: tl.tensor, selected: tl.tensor, k: tl.tensor, DIGIT_BITS: tl.constexpr
+) -> None:
     """Store the items of the k largest values above -inf in their order, then -1 up to k.
 
     value f32 and item i32 [N], ascending; N need not reach k.
     """
-    valid = value > float("-inf")
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)  # -0.0 as 0.0
     order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-    bins = tl.arange(0, 256)
-    quota = tl.minimum(k, tl.sum(valid.to(tl.int32), 0))  # of the values that share the digits found so far
-    digits = tl.full([], 0, tl.uint32)
-    for step in tl.static_range(4):
-        same = valid
-        if step > 0:
-            same = valid & ((order >> (32 - 8 * step)) == digits)
-        counts = tl.histogram(((order >> (24 - 8 * step)) & 0xFF).to(tl.int32), 256, mask=same)
-        at_least = tl.cumsum(counts, 0, reverse=True)  # values whose digit is >= the bin
-        digit = tl.sum((at_least >= quota).to(tl.int32), 0) - 1
-        quota -= tl.sum(tl.where(bins == digit, at_least - counts, 0), 0)
-        digits = (digits << 8) | digit.to(tl.uint32)
-    equal = valid & (order == digits)
-    within = tl.cumsum(equal.to(tl.int32), 0) <= quota
-    take = (valid & (order > digits)) | (equal & within)
-    rank = tl.cumsum(take.to(tl.int32), 0)
-    tl.store(selected + rank - 1, item.to(tl.int64), mask=take)
-    written = tl.sum(take.to(tl.int32), 0)
-    for start in range(written, k, 1024):
+    order = tl.where(value > float("-inf"), order, 0)
+    quota = tl.minimum(k, tl.sum((order > 0).to(tl.int32), 0))
+    last = find_last(order, quota, DIGIT_BITS)
+    above, equal = order > last, order == last
+    both = tl.cumsum(above.to(tl.int64) + (equal.to(tl.int64) << COUNT_BITS), 0)
+    rank, tied = both & COUNT_MASK, both >> COUNT_BITS
+    spare = quota - tl.sum(above.to(tl.int32), 0)  # places for what is equal
+    take = above | (equal & (tied <= spare))
+    tl.store(selected + rank + tl.minimum(tied, spare) - 1, item.to(tl.int64), mask=take)
+    for start in range(quota, k, 1024):
         place = start + tl.arange(0, 1024)
         tl.store(selected + place, tl.full([1024], -1, tl.int64), mask=place < k)
+
+
+@jit
+def find_last(order: tl.tensor, quota: tl.tensor, DIGIT_BITS: tl.constexpr) -> tl.tensor:
+    """A value that `quota` of order u32 [N] are at least, and of those that do so for fewer bits, the first found.
+
+    The quota-th largest if it has ties beyond the quota, else anything between it and the next smaller one.
+    """
+    last = tl.full([], 0, tl.uint32)
+    shift = tl.full([], 32 - DIGIT_BITS, tl.int32)
+    while shift >= 0:
+        unit = tl.full([], 1, tl.uint32) << shift.to(tl.uint32)
+        if DIGIT_BITS == 1:
+            count = tl.sum((order >= last + unit).to(tl.int32), 0)
+            digit = (count >= quota).to(tl.uint32)
+            found = tl.where(digit == 0, -1, count)
+        else:
+            counts = (order >= last + unit).to(tl.int64)
+            counts += (order >= last + 2 * unit).to(tl.int64) << COUNT_BITS
+            counts += (order >= last + 3 * unit).to(tl.int64) << 2 * COUNT_BITS
+            counts = tl.sum(counts, 0)
+            first = (counts & COUNT_MASK).to(tl.int32)
+            second = ((counts >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
+            third = (counts >> 2 * COUNT_BITS).to(tl.int32)
+            digit = (first >= quota).to(tl.uint32) + (second >= quota) + (third >= quota)
+            found = tl.where(third >= quota, third, tl.where(second >= quota, second, first))
+        last += digit * unit
+        shift = tl.where(found == quota, -1, shift - DIGIT_BITS)
+    return last
