@@ -166,9 +166,9 @@ def select_items(
 
 @jit
 def find_last(order: tl.tensor, quota: tl.tensor, DIGIT_BITS: tl.constexpr) -> tl.tensor:
-    """A value that `quota` of order u32 [N] are at least, and of those that do so for fewer bits, the first found.
+    """A value that `quota` of order u32 [N] reach, or more of them where that many tie: then the tied value.
 
-    The quota-th largest if it has ties beyond the quota, else anything between it and the next smaller one.
+    A digit at a time, the highest first; it stops as soon as exactly `quota` reach what is found.
     """
     last = tl.full([], 0, tl.uint32)
     shift = tl.full([], 32 - DIGIT_BITS, tl.int32)
