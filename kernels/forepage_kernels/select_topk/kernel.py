@@ -5,8 +5,8 @@ The k groups of largest maximum (ties to the lower group) hold the k largest val
 ties: each of them has a value that comes before anything in a group left out. So one program a row selects
 k of the few groups at the top, opens those, selects k of their 8 k members, and so on down to the row itself:
 the work hardly depends on how values are spread or tied. A selection happens in registers: the k-th value is
-found digit by digit, by counting what is at least each candidate, until the count is k; then a prefix sum
-keeps the order. Without atomics it is deterministic.
+found bit by bit, by counting what reaches each candidate, until the count is k; then a prefix sum keeps the
+order. Without atomics it is deterministic.
 """
 
 import torch
@@ -23,16 +23,13 @@ MIN_TOP = 1024
 """Fewer values than this are not worth a level above them."""
 MAX_COMMON_K = 2048
 """Up to this k tiles do not shrink with short rows."""
-WARP_ENTRIES = 256
-"""Values a warp handles: 8 in each thread."""
-DIGIT_BITS = 2
-"""Bits of the k-th value that one pass over the values finds."""
-COUNT_BITS = tl.constexpr(21)
-"""Of a packed count: a program has 2^20 values at most."""
-COUNT_MASK = tl.constexpr((1 << 21) - 1)
+WARP_ENTRIES, MAX_WARPS = 256, 4
+"""Values a warp handles at least, and how many warps at most: every pass ends in a sum over all of them."""
+HALF_COUNT = tl.constexpr(1 << 15)
+"""Of fewer values two counts fit in 32 bits."""
 
 
-def select_topk(logits: Tensor, k: int, digit_bits: int = DIGIT_BITS) -> Tensor:
+def select_topk(logits: Tensor, k: int) -> Tensor:
     """See the package."""
     rows, num_entries = logits.shape
     selected = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
@@ -63,8 +60,7 @@ def select_topk(logits: Tensor, k: int, digit_bits: int = DIGIT_BITS) -> Tensor:
             LEVELS=levels,
             BLOCK_TOP=block_top,
             BLOCK_K=block_k,
-            DIGIT_BITS=digit_bits,
-            num_warps=min(16, max(1, widest // WARP_ENTRIES)),
+            num_warps=max(1, min(MAX_WARPS, widest // WARP_ENTRIES)),
         )
     return selected
 
@@ -113,7 +109,6 @@ def select_row(
     LEVELS: tl.constexpr,
     BLOCK_TOP: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DIGIT_BITS: tl.constexpr,
 ) -> None:
     """One row of selected i64 [rows, k]; in between it holds the groups selected so far."""
     row = tl.program_id(0).to(tl.int64)
@@ -137,13 +132,11 @@ def select_row(
             member = group[:, None] * 8 + tl.arange(0, 8)[None, :]
             item = tl.reshape(tl.where(group[:, None] < 0, count, member), [BLOCK_K * 8])
         value = tl.load(values + item, mask=item < count, other=float("-inf"))
-        select_items(value, item, selected, k, DIGIT_BITS)
+        select_items(value, item, selected, k)
 
 
 @jit
-def select_items(
-    value: tl.tensor, item: tl.tensor, selected: tl.tensor, k: tl.tensor, DIGIT_BITS: tl.constexpr
-) -> None:
+def select_items(value: tl.tensor, item: tl.tensor, selected: tl.tensor, k: tl.tensor) -> None:
     """Store the items of the k largest values above -inf in their order, then -1 up to k.
 
     value f32 and item i32 [N], ascending; N need not reach k.
@@ -152,10 +145,13 @@ def select_items(
     order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
     order = tl.where(value > float("-inf"), order, 0)
     quota = tl.minimum(k, tl.sum((order > 0).to(tl.int32), 0))
-    last = find_last(order, quota, DIGIT_BITS)
+    last = find_last(order, quota)
     above, equal = order > last, order == last
-    both = tl.cumsum(above.to(tl.int64) + (equal.to(tl.int64) << COUNT_BITS), 0)
-    rank, tied = both & COUNT_MASK, both >> COUNT_BITS
+    if value.shape[0] < HALF_COUNT:  # two prefix sums in one
+        both = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        rank, tied = both & 0xFFFF, both >> 16
+    else:
+        rank, tied = tl.cumsum(above.to(tl.int32), 0), tl.cumsum(equal.to(tl.int32), 0)
     spare = quota - tl.sum(above.to(tl.int32), 0)  # places for what is equal
     take = above | (equal & (tied <= spare))
     tl.store(selected + rank + tl.minimum(tied, spare) - 1, item.to(tl.int64), mask=take)
@@ -165,29 +161,15 @@ def select_items(
 
 
 @jit
-def find_last(order: tl.tensor, quota: tl.tensor, DIGIT_BITS: tl.constexpr) -> tl.tensor:
+def find_last(order: tl.tensor, quota: tl.tensor) -> tl.tensor:
     """A value that `quota` of order u32 [N] reach, or more of them where that many tie: then the tied value.
 
-    A digit at a time, the highest first; it stops as soon as exactly `quota` reach what is found.
+    Bit by bit, the highest first; it stops as soon as exactly `quota` reach what is found.
     """
     last = tl.full([], 0, tl.uint32)
-    shift = tl.full([], 32 - DIGIT_BITS, tl.int32)
-    while shift >= 0:
-        unit = tl.full([], 1, tl.uint32) << shift.to(tl.uint32)
-        if DIGIT_BITS == 1:
-            count = tl.sum((order >= last + unit).to(tl.int32), 0)
-            digit = (count >= quota).to(tl.uint32)
-            found = tl.where(digit == 0, -1, count)
-        else:
-            counts = (order >= last + unit).to(tl.int64)
-            counts += (order >= last + 2 * unit).to(tl.int64) << COUNT_BITS
-            counts += (order >= last + 3 * unit).to(tl.int64) << 2 * COUNT_BITS
-            counts = tl.sum(counts, 0)
-            first = (counts & COUNT_MASK).to(tl.int32)
-            second = ((counts >> COUNT_BITS) & COUNT_MASK).to(tl.int32)
-            third = (counts >> 2 * COUNT_BITS).to(tl.int32)
-            digit = (first >= quota).to(tl.uint32) + (second >= quota) + (third >= quota)
-            found = tl.where(third >= quota, third, tl.where(second >= quota, second, first))
-        last += digit * unit
-        shift = tl.where(found == quota, -1, shift - DIGIT_BITS)
+    unit = tl.full([], 1 << 31, tl.uint32)
+    while unit > 0:
+        count = tl.sum((order >= last + unit).to(tl.int32), 0)
+        last = tl.where(count >= quota, last + unit, last)
+        unit = tl.where(count == quota, 0, unit >> 1)
     return last
