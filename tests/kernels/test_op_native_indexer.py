@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -40,6 +40,7 @@ CASES = [
     Case("half-resident", 3, 33, 128, 64, 5, 0.5, (320, 63, 257)),
     Case("flash-64k", 4, 64, 128, 64, 256, 0.3, (16_384, 1, 16_383, 9_001), gpu=True),
     Case("flash-1m", 1, 64, 128, 64, 4096, 1.0, (262_143,), gpu=True),
+    Case("flash-1m-paged", 12, 64, 128, 64, 4096, 0.08, (262_144,) * 11 + (100_003,), gpu=True),
     Case("full-heads", 2, 128, 128, 64, 64, 0.9, (4096, 4000), gpu=True),
 ]
 
@@ -132,6 +133,29 @@ def test_kernel_equals_the_reference(
     want = score(reference.native_indexer, call)
     assert torch.equal(got.cpu().isneginf(), want.isneginf())
     assert_close(got, want)
+
+
+LONG = Case("long", 2, 3, 64, 64, 80, 1.0, (5_000, 700))
+
+
+@pytest.mark.parametrize("resident", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("case", [CASES[4], CASES[5], LONG], ids=lambda case: case.id)
+def test_long_runs_of_tiles_give_the_bits_of_short_ones(
+    case: Case,
+    resident: float,
+    device: torch.device,
+    generator: torch.Generator,
+    nan_outputs: NanOutputs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = make(replace(case, resident=resident), generator).to(device)
+    found = []
+    for programs in (1, 3, 10_000):
+        monkeypatch.setattr(kernel, "PROGRAMS", programs)
+        with nan_outputs():
+            found.append(score(kernel.native_indexer, call).cpu())
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[2])
 
 
 def test_block_id_past_the_pool_counts_as_absent_on_the_kernel(

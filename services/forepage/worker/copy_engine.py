@@ -1,8 +1,8 @@
 """Moves block records between the arena and the device, beside the computation.
 
-On a GPU loads and stores run on streams of their own (copy_lane.py), ordered by events: a copy starts after
-everything that was launched before it was asked for, and its future is done only when its own event has
-fired. On a machine without a GPU one thread copies host memory.
+On a GPU loads and stores are made by its copy engines, on streams of their own (copy_lane.py), ordered by
+events: a copy starts after everything that was launched before it was asked for, and its future is done only
+when its own event has fired. On a machine without a GPU one thread copies host memory.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from forepage.kv.geometry import KvGeometry
 from forepage.model.kv_pools import KvPools
 from forepage.worker.commands import SKIP, BlockLoad
 from forepage.worker.copy_lane import CopyLane
-from forepage.worker.host_copy import upload
 from forepage_kernels.gather_blocks import gather_blocks
 
 T = TypeVar("T")
@@ -89,8 +88,8 @@ class CopyEngine:
                 gather_blocks(
                     pool,
                     self._arena,
-                    block_ids=upload(np.array(ids, np.int64), self._device),
-                    arena_offsets=upload(offsets + offset, self._device),
+                    block_ids=torch.from_numpy(np.array(ids, np.int64)),
+                    arena_offsets=torch.from_numpy(offsets + offset),
                 )
 
     def _store(self, stores: list[BlockStore]) -> None:
