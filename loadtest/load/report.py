@@ -104,16 +104,22 @@ def draw(path: Path, shape: Shape, samples: Sequence[Sample]) -> None:
     panels[1].set(title="time between pieces", xlabel="ms", ylabel="share below")
     for name, label in (("kv_footprint", "KV footprint"), ("evidence_recall_mean", "evidence recall")):
         points = [(one.sent_s, one.residency[name]) for one in whole if one.residency.get(name) is not None]
-        panels[2].scatter(*_columns(points), s=12, label=label)
+        if points:
+            panels[2].scatter(*_columns(points), s=12, label=label)
     panels[2].set(title="residency of each answer", xlabel="sent, s", ylim=(-0.03, 1.05))
-    panels[2].legend(fontsize=8)
+    if panels[2].collections:
+        panels[2].legend(fontsize=8)
     latency = [
         (one.sent_s, one.residency["prefetch_latency_ms_mean"])
         for one in whole
         if one.residency.get("prefetch_latency_ms_mean") is not None
     ]
-    panels[3].scatter(*_columns(latency), s=12, color="C3")
     panels[3].set(title="prefetch, boundary to commit", xlabel="sent, s", ylabel="ms, mean of an answer")
+    if latency:
+        panels[3].scatter(*_columns(latency), s=12, color="C3")
+    else:
+        panels[3].set(xticks=[], yticks=[])
+        panels[3].text(0.5, 0.5, "no plan was committed: nothing was paged", ha="center", va="center")
     for panel in panels:
         panel.grid(alpha=0.3)
     figure.suptitle(f"{shape.name}: {shape.what}", fontsize=10)

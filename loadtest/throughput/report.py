@@ -186,6 +186,8 @@ def _draw_arms(panel: Any, rows: Sequence[Row], name: str) -> None:
     measured = [row for row in rows if row[name] is not None]
     for number, arm in enumerate(Arm):
         points = sorted((row["context_tokens"], row[name]) for row in measured if row["arm"] == arm)
+        if not points:
+            continue
         at = [tokens * 1.02 ** (number - 2) for tokens, _ in points]
         panel.plot(at, [value for _, value in points], marker="o", color=f"C{number}", label=arm)
     contexts = sorted({row["context_tokens"] for row in measured})

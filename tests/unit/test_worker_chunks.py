@@ -8,7 +8,8 @@ import torch
 
 from forepage.settings import WorkerSettings
 from forepage.worker.parts import WorkerParts
-from forepage.worker.prefill import ChunkRule
+from forepage.worker.prefill import MOST_OVERTAKEN, ChunkRule, next_prompt
+from rigs.worker import text_tokens, worker_rig
 
 
 def rule(prompt: int, *, tail: int = 1) -> ChunkRule:
@@ -60,3 +61,41 @@ def test_a_gpu_takes_long_chunks_unless_told_otherwise(asked: int | None, kind: 
         settings=WorkerSettings(prefill_chunk_tokens=asked), device=SimpleNamespace(kind=torch.device(kind))
     )
     assert cast(Any, WorkerParts.prefill_chunk).fget(parts) == chunk
+
+
+def prompt(name: str, *, length: int, done: int = 0, arrived_s: float) -> Any:
+    return SimpleNamespace(
+        name=name, request=SimpleNamespace(prompt=[0] * length), num_processed=done, arrived_s=arrived_s
+    )
+
+
+def test_the_shortest_rest_comes_first_and_the_first_of_all_every_fourth_time() -> None:
+    waiting = [
+        prompt("long", length=10_000, arrived_s=1.0),
+        prompt("short", length=300, arrived_s=2.0),
+        prompt("nearly done", length=9_000, done=8_900, arrived_s=3.0),
+        prompt("as short", length=300, arrived_s=4.0),
+    ]
+    assert next_prompt(waiting, num_overtaken=0).name == "nearly done"
+    assert next_prompt(waiting, num_overtaken=MOST_OVERTAKEN).name == "long"
+    assert next_prompt(waiting[:2] + waiting[3:], num_overtaken=1).name == "short", "of equals the older one"
+
+
+def test_short_prompts_overtake_a_long_one_that_still_gets_on_and_nothing_else_changes() -> None:
+    """Chunks of several prompts take turns: who is done first changes, no token does."""
+    long, short = text_tokens(4_000), [text_tokens(600, seed) for seed in (1, 2, 3, 4, 5)]
+    with worker_rig(max_running=6) as rig:
+        alone = []
+        for prompt_tokens in (long, *short):
+            running = rig.submit(prompt_tokens, max_tokens=4, salt=f"alone {len(alone)}")
+            rig.run(running)
+            alone.append(running.tokens)
+    with worker_rig(max_running=6) as rig:
+        first = rig.submit(long, max_tokens=4)
+        rig.run_until(lambda: first.sequence.num_processed >= 512)
+        others = [rig.submit(one, max_tokens=4) for one in short]
+        rig.run_until(lambda: all(running.tokens for running in others))
+        assert 512 < first.sequence.num_processed < 4_000, "it got on meanwhile, and did not hold them up"
+        assert not first.tokens
+        rig.run(first, *others)
+    assert [running.tokens for running in (first, *others)] == alone

@@ -6,6 +6,7 @@ its tokens look is what the first plans keep (model/prompt_evidence.py).
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,9 @@ from forepage.worker.pace import Pace
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Phase, Sequence, StepTap
 from forepage.worker.write_back import WriteBack
+
+MOST_OVERTAKEN = 3
+"""Chunks of other prompts between two of the one that came first."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,17 @@ class ChunkRule:
         return num_tokens % self.resume_every == 0 or num_tokens == self.last_point
 
 
+def next_prompt(waiting: Seq[Sequence], *, num_overtaken: int) -> Sequence:
+    """Whose chunk comes next: the shortest rest of a prompt, and every fourth time the one that came first.
+
+    So a short question does not wait for the million tokens of another, and those get on at a quarter of the
+    speed at least. Priorities are for admission: a prompt that has begun holds memory, and should end.
+    """
+    if num_overtaken >= MOST_OVERTAKEN:
+        return min(waiting, key=lambda one: one.arrived_s)
+    return min(waiting, key=lambda one: (len(one.request.prompt) - one.num_processed, one.arrived_s))
+
+
 @dataclass
 class _Chunk:
     """A chunk under way: tokens start..end-1 of a sequence, and how many of its parts are done."""
@@ -80,12 +95,17 @@ class Prefill:
         self._write_back = write_back
         self._pace = pace
         self._chunk: _Chunk | None = None
+        self._num_overtaken = 0
+        """Chunks in a row that were not of the prompt that came first."""
+        self._first: Sequence | None = None
 
     def choose(self, sequences: Iterable[Sequence]) -> Sequence | None:
-        """Whose turn it is: the one whose chunk is under way, else the first that has a prompt to process."""
+        """Whose turn it is: the one whose chunk is under way, else as `next_prompt` says."""
         if self._chunk is not None and self._chunk.sequence.phase is Phase.PREFILL:
             return self._chunk.sequence
-        return next((sequence for sequence in sequences if sequence.phase is Phase.PREFILL), None)
+        waiting = [sequence for sequence in sequences if sequence.phase is Phase.PREFILL]
+        self._first = min(waiting, key=lambda one: one.arrived_s, default=None)
+        return next_prompt(waiting, num_overtaken=self._num_overtaken) if waiting else None
 
     def step(self, sequence: Sequence, *, beside_decode: bool) -> PrefillEnd | None:
         """A chunk, or beside decode steps a slice; the end of the prompt gives its logits and taps."""
@@ -93,6 +113,7 @@ class Prefill:
             sequence.stage_span = self._parts.telemetry.start_span(SpanName.WORKER_PREFILL, sequence.span)
         if self._chunk is None or self._chunk.sequence is not sequence:
             rule = self._rule(sequence)
+            self._num_overtaken = 0 if sequence is self._first else self._num_overtaken + 1
             self._chunk = _Chunk(sequence, sequence.num_processed, rule.next_end(sequence.num_processed))
         chunk = self._chunk
         output = self._advance(chunk, beside_decode=beside_decode)
