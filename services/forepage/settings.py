@@ -270,7 +270,10 @@ class WorkerSettings(Section):
         "0: none do",
     )
     load_slack_blocks: int = Field(
-        16, ge=1, description="blocks a sequence may hold above its set while loading"
+        16, ge=1, description="blocks a sequence may hold above its set while loading: promised to each"
+    )
+    load_lent_blocks: int = Field(
+        112, ge=0, description="and so many more, while nobody is promised them and no request waits for room"
     )
     escalation_reserve_bytes: int = Field(64 << 20, ge=0, description="key blocks kept for moves to exact")
     predict_deadline_ms: int = Field(2_000, ge=1, description="a plan later than this is not waited for")

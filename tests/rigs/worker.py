@@ -240,6 +240,7 @@ def worker_rig(
         "kv_bytes": 16 << 20,
         "max_running": 4,
         "load_slack_blocks": 4,
+        "load_lent_blocks": 0,  # changes come in waves of what is promised, unless a test is about loans
         "full_share": 0.0,  # sequences page although there is room, unless a test is about that
         "prefill_chunk_tokens": 512,
         "prefill_share": 1.0,  # chunks at once: which turn does what is then no matter of time

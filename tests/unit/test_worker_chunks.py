@@ -63,29 +63,30 @@ def test_a_gpu_takes_long_chunks_unless_told_otherwise(asked: int | None, kind: 
     assert cast(Any, WorkerParts.prefill_chunk).fget(parts) == chunk
 
 
-def prompt(name: str, *, length: int, done: int = 0, arrived_s: float) -> Any:
+def prompt(*, length: int, done: int = 0, arrived_s: float) -> Any:
     return SimpleNamespace(
-        name=name, request=SimpleNamespace(prompt=[0] * length), num_processed=done, arrived_s=arrived_s
+        request=SimpleNamespace(prompt=[0] * length), num_processed=done, arrived_s=arrived_s
     )
 
 
 def test_the_shortest_rest_comes_first_and_the_first_of_all_every_fourth_time() -> None:
     waiting = [
-        prompt("long", length=10_000, arrived_s=1.0),
-        prompt("short", length=300, arrived_s=2.0),
-        prompt("nearly done", length=9_000, done=8_900, arrived_s=3.0),
-        prompt("as short", length=300, arrived_s=4.0),
+        prompt(length=10_000, arrived_s=1.0),
+        prompt(length=300, arrived_s=2.0),
+        prompt(length=9_000, done=8_900, arrived_s=3.0),
+        prompt(length=300, arrived_s=4.0),
     ]
-    assert next_prompt(waiting, num_overtaken=0).name == "nearly done"
-    assert next_prompt(waiting, num_overtaken=MOST_OVERTAKEN).name == "long"
-    assert next_prompt(waiting[:2] + waiting[3:], num_overtaken=1).name == "short", "of equals the older one"
+    long, short, nearly_done, as_short = waiting
+    assert next_prompt(waiting, num_overtaken=0) is nearly_done
+    assert next_prompt(waiting, num_overtaken=MOST_OVERTAKEN) is long
+    assert next_prompt([long, as_short, short], num_overtaken=1) is short, "of equals the older one"
 
 
 def test_short_prompts_overtake_a_long_one_that_still_gets_on_and_nothing_else_changes() -> None:
     """Chunks of several prompts take turns: who is done first changes, no token does."""
     long, short = text_tokens(4_000), [text_tokens(600, seed) for seed in (1, 2, 3, 4, 5)]
     with worker_rig(max_running=6) as rig:
-        alone = []
+        alone: list[list[int]] = []
         for prompt_tokens in (long, *short):
             running = rig.submit(prompt_tokens, max_tokens=4, salt=f"alone {len(alone)}")
             rig.run(running)

@@ -34,6 +34,11 @@ class BlockAllocator:
         """Ids handed out."""
         return len(self._held)
 
+    @property
+    def num_unpromised(self) -> int:
+        """Blocks that could be promised now, the reserve left out."""
+        return max(0, self.total - self.reserve - self.promised)
+
     def can_ever_promise(self, count: int) -> bool:
         """Whether an empty pool could promise that many."""
         return count <= self.total - self.reserve

@@ -8,7 +8,6 @@ that waits for blocks comes first. One that names a budget asked to be paged, an
 import time
 from collections.abc import Iterable, Mapping
 
-from forepage.kv.block_allocator import BlockAllocator
 from forepage.settings import ResidencyMode
 from forepage.telemetry import MetricName
 from forepage.worker.parts import WorkerParts
@@ -86,8 +85,8 @@ class FullByRoom:
         """Blocks that are missing to admit the request."""
         parts, wanted = self._parts, prefill_quota(self._parts, waiting)
         return Quota(
-            max(0, wanted.rows - _num_free(parts.blocks.rows)),
-            max(0, wanted.keys - _num_free(parts.blocks.keys)),
+            max(0, wanted.rows - parts.blocks.rows.num_unpromised),
+            max(0, wanted.keys - parts.blocks.keys.num_unpromised),
         )
 
     def _try_promise_all(self, sequence: Sequence, *, num_staging: int) -> bool:
@@ -130,8 +129,3 @@ def _less(lack: Quota, gains: Iterable[Quota]) -> Quota:
     for gain in gains:
         lack = Quota(max(0, lack.rows - gain.rows), max(0, lack.keys - gain.keys))
     return lack
-
-
-def _num_free(pool: BlockAllocator) -> int:
-    """Blocks that could be promised to a request."""
-    return pool.total - pool.reserve - pool.promised

@@ -54,6 +54,9 @@ class LoadUnderWay:
     outcome: Outcome
     for_exact: bool = False
     is_repair: bool = False
+    lent_rows: int = 0
+    lent_keys: int = 0
+    """Of its blocks, those beyond what the sequence is promised: promised to the load, until it is over."""
     finished_ns: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from forepage.errors import IntegrityError
 from forepage.settings import ResidencyMode
+from forepage.worker.lookahead_state import LoadUnderWay
 from forepage.worker.parts import WorkerParts
 from forepage.worker.sequence import Room, Sequence
 
@@ -85,16 +87,17 @@ def shrink_promise(parts: WorkerParts, sequence: Sequence) -> None:
 
 
 def held_quota(parts: WorkerParts, sequence: Sequence) -> Quota:
-    """What the sequence holds, loads under way included, and once `exact` is granted its staging to come.
+    """What it holds of its promise, loads under way included, and its staging to come in `exact`.
 
-    While a sequence is `full` by room it has none: it comes when rows leave, and takes their place.
+    What was lent to a load is not of its promise. While a sequence is `full` by room it has no staging: that
+    comes when rows leave, and takes their place.
     """
     holds, load = sequence.holds, sequence.lookahead.load
     is_paged = sequence.keeps_keys and sequence.room not in (Room.KEPT, Room.LEAVING)
     staging = parts.blocks.staging_blocks if is_paged else len(holds.staging_ids)
     return Quota(
-        len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) if load else 0),
-        len(holds.resident.key_id_by_block) + (len(load.key_ids) if load else 0),
+        len(holds.resident.row_id_by_block) + staging + (len(load.row_ids) - load.lent_rows if load else 0),
+        len(holds.resident.key_id_by_block) + (len(load.key_ids) - load.lent_keys if load else 0),
     )
 
 
@@ -103,3 +106,26 @@ def room(parts: WorkerParts, sequence: Sequence) -> int:
     holds, held = sequence.holds, held_quota(parts, sequence)
     rows, keys = holds.row_promise - held.rows, holds.key_promise - held.keys
     return max(0, rows if sequence.keeps_keys and holds.resident.keys_complete else min(rows, keys))
+
+
+def lend(parts: WorkerParts, sequence: Sequence, *, num_rows: int, num_keys: int) -> Quota:
+    """Promise a load what of its blocks the sequence is not promised; the caller saw that they are there."""
+    holds, held = sequence.holds, held_quota(parts, sequence)
+    lent = Quota(
+        max(0, num_rows - (holds.row_promise - held.rows)), max(0, num_keys - (holds.key_promise - held.keys))
+    )
+    if not (parts.blocks.rows.try_promise(lent.rows) and parts.blocks.keys.try_promise(lent.keys)):
+        raise IntegrityError(f"a load of {num_rows} rows and {num_keys} keys, and no room to lend {lent}")
+    return lent
+
+
+def take_back(parts: WorkerParts, load: LoadUnderWay) -> None:
+    """What was lent to a load that is over, its blocks committed or freed."""
+    parts.blocks.rows.try_promise(-load.lent_rows)
+    parts.blocks.keys.try_promise(-load.lent_keys)
+
+
+def lendable(parts: WorkerParts) -> int:
+    """Blocks that a load may be lent now, each with its row and its key."""
+    blocks = parts.blocks
+    return min(parts.settings.load_lent_blocks, blocks.rows.num_unpromised, blocks.keys.num_unpromised)

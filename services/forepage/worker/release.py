@@ -2,6 +2,7 @@
 
 from forepage.worker.admission import free_device
 from forepage.worker.parts import WorkerParts
+from forepage.worker.quota import take_back
 from forepage.worker.sequence import Sequence
 
 
@@ -21,6 +22,7 @@ def try_release(parts: WorkerParts, sequence: Sequence) -> bool:
     if load and sequence.device is not None:
         parts.blocks.rows.free(load.row_ids.values())
         parts.blocks.keys.free(load.key_ids.values())
+        take_back(parts, load)
         sequence.lookahead.load = None
     free_device(parts, sequence)
     parts.arena.release(sequence.arena.all_refs(), sequence.span)

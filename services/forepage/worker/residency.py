@@ -18,7 +18,15 @@ from forepage.worker.full_by_room import FullByRoom
 from forepage.worker.lookahead_state import LoadUnderWay, Outcome, Question
 from forepage.worker.parts import WorkerParts
 from forepage.worker.questions import num_candidates
-from forepage.worker.quota import held_quota, room, shrink_promise, try_change_promise
+from forepage.worker.quota import (
+    held_quota,
+    lend,
+    lendable,
+    room,
+    shrink_promise,
+    take_back,
+    try_change_promise,
+)
 from forepage.worker.sequence import Room, Sequence
 
 PROMPT_SCORE = 1.0
@@ -62,7 +70,7 @@ class Residency:
             current,
             always_resident_from=BlockIdx(pinned_from),
             budget_blocks=budget,
-            slack_blocks=parts.settings.load_slack_blocks,
+            slack_blocks=parts.settings.load_slack_blocks + self._lendable(),
         )
         if question is not None and question.answered_s is not None:
             queue_ms = (time.monotonic() - question.answered_s) * 1e3
@@ -149,6 +157,7 @@ class Residency:
         drops, held_keys = load.wave.drop, sequence.resident.key_id_by_block
         key_drops = () if sequence.keeps_keys else tuple(idx for idx in drops if idx in held_keys)
         self._commit(sequence, load.pinned_from, load.row_ids, load.key_ids, drops, key_drops)
+        take_back(self._parts, load)
         self._full_by_room.on_commit(
             sequence,
             loaded_bytes=self._bytes(len(load.row_ids), len(load.key_ids)),
@@ -189,8 +198,8 @@ class Residency:
         *,
         is_repair: bool,
     ) -> None:
-        """The tail may have taken room that the waves were cut for: never load beyond the promise."""
-        first, *rest = fit_waves(waves, room(self._parts, sequence))
+        """The tail may have taken room that the waves were cut for: no load is beyond promise and loan."""
+        first, *rest = fit_waves(waves, room(self._parts, sequence) + self._lendable())
         self._start(
             sequence,
             first,
@@ -216,6 +225,7 @@ class Residency:
         parts, resident = self._parts, sequence.resident
         need_rows = () if for_exact else wave.load
         need_keys = [idx for idx in wave.load if idx not in resident.key_id_by_block]
+        lent = lend(parts, sequence, num_rows=len(need_rows), num_keys=len(need_keys))
         row_ids = dict(zip(need_rows, parts.blocks.rows.allocate(len(need_rows)), strict=True))
         key_ids = dict(zip(need_keys, parts.blocks.keys.allocate(len(need_keys)), strict=True))
         loads = [
@@ -242,7 +252,13 @@ class Residency:
             outcome=outcome,
             for_exact=for_exact,
             is_repair=is_repair,
+            lent_rows=lent.rows,
+            lent_keys=lent.keys,
         )
+
+    def _lendable(self) -> int:
+        """A request that waits for room goes first."""
+        return 0 if self._full_by_room.is_room_wanted else lendable(self._parts)
 
     def _commit(
         self,

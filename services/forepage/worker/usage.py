@@ -27,6 +27,6 @@ def residency_report(parts: WorkerParts, sequence: Sequence) -> pb.ResidencyRepo
         full_by_size=by_size,
         full_by_room=by_room,
         budget=max(report.budget_max, sequence.request.budget_blocks),
-        slack=parts.settings.load_slack_blocks,
+        slack=parts.settings.load_slack_blocks + parts.settings.load_lent_blocks,
         num_layers=len(parts.geometry.c4_layers),
     )
