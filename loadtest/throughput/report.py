@@ -172,7 +172,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         _draw_arms(panel, [row for row in shown if row["batch1"] == batch1], name)
         panel.set(title=title, xlabel="context, tokens")
         panel.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    if figure.axes[0].lines:
+        figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -244,6 +244,11 @@ class WorkerSettings(Section):
         le=1,
         description="decode steps launched before the last is read; none: 1 on one GPU, else 0",
     )
+    ahead_of_verdicts: bool = Field(
+        False,
+        description="launch the step behind one whose token waits for its audit's verdict; after a miss the "
+        "device leaves it out. Off, since it has not run on a GPU",
+    )
     max_waiting: int = Field(256, ge=1, description="sequences queued; more are refused with 429")
     max_context_tokens: int = Field(1 << 20, ge=512, description="prompt and answer together")
     prefill_chunk_tokens: int | None = Field(

@@ -20,6 +20,7 @@ SCRAPES_S = 20.0
 DOCUMENT_TOKENS = 8_192
 CROWDED = {
     "FOREPAGE_WORKER__FULL_SHARE": "1.0",
+    "FOREPAGE_WORKER__BUDGET_BLOCKS": "4",
     "FOREPAGE_WORKER__KV_BYTES": str(4_200_000),
     "FOREPAGE_WORKER__KEY_SHARE": "0.4",
     "FOREPAGE_WORKER__C128_SHARE": "0.05",
@@ -64,11 +65,7 @@ def work(stack: Stack, document: str) -> None:
 
     def ask(mode: str, max_tokens: int, salt: str, on_chunk: Callable[[Answer], None] | None = None) -> None:
         messages = [{"role": "user", "content": document}]
-        ours = {
-            "mode": mode,
-            "budget_blocks": 4,
-            "min_recall": 0.0,
-        }
+        ours = {"mode": mode, "min_recall": 0.0}  # one that names a budget is never kept full
         fields = {"max_tokens": max_tokens, "cache_salt": salt, "on_chunk": on_chunk, "forepage": ours}
         stream_chat(stack.url, messages, mode=mode, **fields)  # type: ignore[arg-type]
 

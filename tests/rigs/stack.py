@@ -5,6 +5,7 @@ A process has the name of its role, with a number behind it where there is more 
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import ssl
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ START_S = 60.0
 STOP_S = 20.0
 ORDER = ("coldpool", "index", "worker", "gateway")
 REDIS = "redis"
+PORTS = (12_000, 32_000)
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
@@ -42,11 +44,15 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) ->
 
 
 def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on right now, below those that the system hands out.
+
+    One of those may become an outgoing connection's before the process that is given it listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass(frozen=True)

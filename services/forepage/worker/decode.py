@@ -33,6 +33,7 @@ class _Part:
     clean: bool
     is_tapped: bool
     is_held: bool
+    awaits_verdict: bool
     snapshot: Snapshot | None
     num_selected: int
 
@@ -62,9 +63,18 @@ class Decode:
         return len(self._unread)
 
     @property
-    def holds_tokens(self) -> bool:
-        """Whether a step under way must be read before the next: one of its tokens waits for a verdict."""
-        return any(part.is_held for unread in self._unread for part in unread.parts)
+    def must_read_all(self) -> bool:
+        """Whether what is under way must be read before anything is launched.
+
+        A token waits for a verdict and no step may run ahead of that, or the device has left a row out.
+        """
+        may_run_ahead = self._parts.settings.ahead_of_verdicts
+        return any(
+            part.sequence.lookahead.next_is_left_out if part.awaits_verdict else part.is_held
+            for unread in self._unread
+            for part in unread.parts
+            if part.awaits_verdict or not may_run_ahead
+        )
 
     def can_grow(self, sequence: Sequence) -> bool:
         """Whether the block of the next token is there, or can be taken from what was promised."""
@@ -90,7 +100,7 @@ class Decode:
     def read(self) -> Iterator[tuple[Sequence, Pick]]:
         """The oldest step's tokens in the order of its batch, each to be emitted before the next is taken.
 
-        A sequence whose step missed evidence and is made again has none among them.
+        A sequence whose step missed evidence and is made again, or was left out, has none among them.
 
         Raises: IntegrityError when a step attended less than it selected.
         """
@@ -100,6 +110,9 @@ class Decode:
             part.sequence.num_unread -= 1
             part.sequence.unread_taps -= part.is_tapped
             if part.sequence.phase is Phase.DONE:
+                continue
+            if part.awaits_verdict and part.sequence.lookahead.next_is_left_out:
+                part.sequence.lookahead.next_is_left_out = False
                 continue
             if result.unserved[row]:
                 raise IntegrityError(f"{result.unserved[row]} selected rows were neither resident nor pulled")
@@ -128,6 +141,8 @@ class Decode:
             wants_hidden=step >= sequence.lookahead.next_boundary,
             wants_indexer=sequence.request.reads
             or self._lookahead.reads_indexer(sequence, by_device=bool(audit_layers)),
+            is_held=bool(audit_layers) and self._lookahead.holds_token(sequence, step),
+            awaits_verdict=sequence.num_unread > 0 and sequence.lookahead.newest_is_held,
         )
 
     def _part(self, sequence: Sequence, row: DecodeRow) -> _Part:
@@ -138,11 +153,12 @@ class Decode:
         sequence.unread_taps += row.wants_tap
         ends_block = (row.position + 1) % self._parts.geometry.block_tokens == 0
         snapshot = self._write_back.snapshot_at(sequence, row.position + 1) if clean and ends_block else None
-        step = sequence.report.decode_steps + sequence.num_unread
-        is_held = bool(row.audit_layers) and self._lookahead.holds_token(sequence, step)
+        sequence.lookahead.newest_is_held = row.is_held
         num_visible = (row.position + 1) // C4_RATIO if row.pulls else 0
         num_selected = len(self._parts.geometry.c4_layers) * min(self._parts.topk, num_visible)
-        return _Part(sequence, view, clean, row.wants_tap, is_held, snapshot, num_selected)
+        return _Part(
+            sequence, view, clean, row.wants_tap, row.is_held, row.awaits_verdict, snapshot, num_selected
+        )
 
     def _view(self, sequence: Sequence) -> StepView:
         """Made anew only when something changed: it counts every block of the sequence."""

@@ -38,6 +38,8 @@ class AuditRow:
     slot: int
     position: int
     layers: tuple[int, ...]
+    is_held: bool = False
+    """Its token waits for the verdict, and after a miss the next step is left out."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class StepAudit:
     layers: tuple[int, ...]
     verdicts: tuple[AuditVerdict, ...]
     num_unread: int
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether evidence was absent in any of the layers."""
+        return any(verdict.num_evidence_resident < verdict.num_evidence for verdict in self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,13 @@ class DeviceAudit:
         at = torch.div(offsets, memory.geometry.slot_bytes, rounding_mode="floor")
         return torch.where(is_absent, at, NOT_RESIDENT).int()
 
-    def start(self, rows: Seq[AuditRow], absent: Tensor, taps: Seq[LayerTap]) -> AuditCopies:
+    def start(
+        self, rows: Seq[AuditRow], absent: Tensor, taps: Seq[LayerTap], *, missed: Tensor
+    ) -> AuditCopies:
         """Score the absent blocks of every row and layer, and start bringing the verdicts to the host.
 
         Scored layer by layer, ranked and merged all at once: a step costs few launches, however many rows.
+        `missed` bool [num_slots] then says of the held rows whether evidence was absent.
         """
         pairs = [(row, tap.layer) for tap in taps for row in tap.members]
         chosen = upload(np.array([row for row, _ in pairs]), self._memory.device)
@@ -143,8 +153,19 @@ class DeviceAudit:
             visible,
             (torch.cat([tap.selected for tap in taps]), torch.cat([tap.scores for tap in taps])),
         )
+        if any(row.is_held for row in rows):
+            self._mark(missed, rows, chosen, verdicts)
         place = {pair: line for line, pair in enumerate(pairs)}
         return AuditCopies(tuple(rows), place, HostCopy.of(verdicts.packed()))
+
+    def _mark(self, missed: Tensor, rows: Seq[AuditRow], chosen: Tensor, verdicts: Verdicts) -> None:
+        """`chosen` i64 [n]: which row each verdict is of. By the very counts that the host will read."""
+        is_miss = (verdicts.counts[:, 1] < verdicts.counts[:, 0]).long()
+        misses = torch.zeros(len(rows), dtype=torch.int64, device=missed.device)
+        misses.index_add_(0, chosen, is_miss)
+        held = np.array([at for at, row in enumerate(rows) if row.is_held])
+        slots = np.array([rows[at].slot for at in held])
+        missed[upload(slots, missed.device)] = misses[upload(held, missed.device)] > 0
 
     def _scores(self, tap: LayerTap, absent: Tensor, visible: Tensor) -> Tensor:
         geometry = self._memory.geometry

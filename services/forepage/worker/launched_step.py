@@ -18,7 +18,9 @@ class DecodeRow:
 
     `pulls`: it has staging blocks, so that absent rows can be fetched. `audit_layers`: c4 layers in which a
     device that can (Device.makes_audits) looks at what this step could not see; if the row wants a tap.
-    Of its tap the host may want the attention inputs, for a plan, and what the indexers chose.
+    Of its tap the host may want the attention inputs, for a plan, and what the indexers chose. `is_held`: the
+    token waits for the audit's verdict. `awaits_verdict`: the slot's last step is held and its verdict is not
+    read; where it missed something, this row is left out, and changes nothing of the slot's.
     """
 
     slot: int
@@ -30,6 +32,8 @@ class DecodeRow:
     audit_layers: tuple[int, ...] = ()
     wants_hidden: bool = True
     wants_indexer: bool = True
+    is_held: bool = False
+    awaits_verdict: bool = False
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class Lookahead:
         if not _is_audited(sequence) or sequence.resident.keys_complete:
             return ()
         state, num_c4 = sequence.lookahead, len(self._parts.geometry.c4_layers)
-        if not state.is_redone:
+        if not state.is_redone or sequence.num_unread:  # the first step behind a miss is the one made again
             state.audit_layers = layers_of_step(self._steps, self._parts.settings.audit_layers, num_c4)
         return state.audit_layers
 
@@ -116,7 +116,10 @@ class Lookahead:
 
     def must_redo(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
         """Take in what the device found about the step just read; whether it must be made again."""
-        is_repeat, sequence.lookahead.is_redone = sequence.lookahead.is_redone, False
+        state = sequence.lookahead
+        is_repeat, state.is_redone = state.is_redone, False
+        state.next_is_left_out = is_held and audit.has_missed
+        state.audit_layers = audit.layers
         return self._auditing.take_audit(sequence, audit, is_held=is_held, is_repeat=is_repeat)
 
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
@@ -176,9 +179,13 @@ class Lookahead:
         """Whether `tick` would change the resident set under an audit: it is about the set its step saw.
 
         A boundary's step without one only asks for a plan, and can be read after the commit: no step waits.
+        Nor does one where steps run ahead of verdicts: the device audits with the tables of the step.
 
         Raises: DependencyError when a record changed under a load that is done.
         """
+        parts = self._parts
+        if parts.settings.ahead_of_verdicts and parts.device.makes_audits and not sequence.guard.exact:
+            return False
         return _is_audited(sequence) and self._is_commit_due(sequence)
 
     def _is_commit_due(self, sequence: Sequence) -> bool:

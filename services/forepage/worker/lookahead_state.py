@@ -75,7 +75,8 @@ class LookaheadState:
     `repair` what audits found missing (kept until the guard steps back). The `_due` flags ask for a
     change of the set without a plan: a repair, or the tail outgrowing the budget while plans fail.
     `is_redone`: the step that found the miss gave no token, and is made again after the repair; it is audited
-    in the same layers, `audit_layers`.
+    in the same layers, `audit_layers`. `newest_is_held`: the token of the step launched last waits for a
+    verdict; `next_is_left_out`: that of the step read last was a miss, so the device left out the one behind.
     `repair_since` is the audited position a repair under way is for; audits of positions before
     `audits_from` saw the set from before the last one. For who watches: `just_loaded` are the blocks that
     the newest change brought, `missed` those that held evidence and were absent at the newest audited step.
@@ -94,6 +95,8 @@ class LookaheadState:
     repair_since: int | None = None
     is_redone: bool = False
     audit_layers: tuple[int, ...] = ()
+    newest_is_held: bool = False
+    next_is_left_out: bool = False
     audits_from: int = 0
     want_exact: bool = False
     just_loaded: frozenset[int] = frozenset()

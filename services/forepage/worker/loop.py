@@ -277,7 +277,8 @@ class Loop:
     def _decode_step(self, batch: list[Sequence]) -> None:
         """Launch a step of all, read those before it.
 
-        With a sequence that the host samples, or whose token waits for its audit, nothing runs ahead.
+        With a sequence that the host samples nothing runs ahead; with one whose token waits for its verdict
+        only if the device can leave out what was launched behind a miss (`worker.ahead_of_verdicts`).
         """
         num_ahead = self._num_ahead
         if any(sequence.is_sampled_on_host for sequence in batch):
@@ -286,11 +287,11 @@ class Loop:
             batch = self._ready()
         if batch:
             self._decode.launch(batch)
-        self._read_steps(0 if self._decode.holds_tokens else num_ahead)
+        self._read_steps(num_ahead)
 
     def _read_steps(self, num_ahead: int) -> None:
-        """Take in the oldest steps until so many are under way."""
-        while self._decode.num_unread > num_ahead:
+        """Take in the oldest steps until so many are under way, and none where all must be read."""
+        while self._decode.num_unread > (0 if self._decode.must_read_all else num_ahead):
             for sequence, pick in self._decode.read():
                 self._emit_token(sequence, pick)
                 if sequence.failure is not None and sequence.phase is not Phase.DONE:

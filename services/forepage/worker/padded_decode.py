@@ -31,8 +31,8 @@ from forepage.worker.sequence import StepTap
 _log = structlog.get_logger("forepage.worker.decode")
 MIN_BLOCKS = 8
 UNKNOWN_TOKEN = -1
-SLOT, POSITION, TOKEN, FIRST_DRAW = range(4)
-"""Columns of the static input i64 [B, 8]; from FIRST_DRAW on they are f64."""
+SLOT, POSITION, TOKEN, AWAITS_VERDICT, FIRST_DRAW = range(5)
+"""Columns of the static input i64 [B, 9]; from FIRST_DRAW on they are f64."""
 NUM_COLUMNS = FIRST_DRAW + NUM_DRAW_COLUMNS
 
 
@@ -157,6 +157,8 @@ class PaddedDecode:
         self._inputs = torch.zeros(padded_rows(max_rows), NUM_COLUMNS, dtype=torch.int64, device=device)
         self._last_tokens = torch.zeros(local.memory.num_slots, dtype=torch.int64, device=device)
         """By slot: what the last step picked."""
+        self._missed = torch.zeros(local.memory.num_slots, dtype=torch.bool, device=device)
+        """By slot: whether the last held step missed evidence."""
         self._graphs: DecodeGraphs | None = None
         self._wants_graphs = device.type == "cuda"
         self._tap_stream: torch.cuda.Stream | None = None
@@ -236,7 +238,13 @@ class PaddedDecode:
         if rows:
             head = inputs[: len(rows)]
             head[:, :FIRST_DRAW] = [
-                (row.slot, row.position, UNKNOWN_TOKEN if row.token is None else row.token) for row in rows
+                (
+                    row.slot,
+                    row.position,
+                    UNKNOWN_TOKEN if row.token is None else row.token,
+                    row.awaits_verdict,
+                )
+                for row in rows
             ]
             if shape.draws:
                 vocab = self._local.model.spec.vocab_size
@@ -249,9 +257,12 @@ class PaddedDecode:
     def _forward(self, shape: StepShape) -> StepTensors:
         """The step, from static buffers to the tensors it leaves; capturable."""
         inputs = self._inputs[: shape.rows]
-        slots, given = inputs[:, SLOT].contiguous(), inputs[:, TOKEN]
+        given = inputs[:, TOKEN]
+        is_left_out = self._missed[inputs[:, SLOT]] & (inputs[:, AWAITS_VERDICT] != 0)
+        slots = torch.where(is_left_out, self._memory.padding_slot, inputs[:, SLOT])
+        positions = torch.where(is_left_out, 0, inputs[:, POSITION])
         tokens = torch.where(given >= 0, given, self._last_tokens[slots])
-        batch = self._memory.gather(slots, inputs[:, POSITION].contiguous(), num_blocks=shape.blocks)
+        batch = self._memory.gather(slots, positions, num_blocks=shape.blocks)
         output = self._local.decode(tokens, batch, pulls=shape.pulls)
         draws = Draws.of(inputs[:, FIRST_DRAW:].contiguous().view(torch.float64)) if shape.draws else None
         picked = pick_tokens(output.logits, draws)
@@ -278,7 +289,10 @@ class PaddedDecode:
         audited = [at for at, row in wanted if row.audit_layers and self.audit is not None]
         if not wanted:
             return None
-        asked = [AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers) for at in audited]
+        asked = [
+            AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers, rows[at].is_held)
+            for at in audited
+        ]
         hidden, indexer, audits, absent, taps = None, None, None, None, []
         with self._beside() as gathered_by:
             if for_plans:
@@ -293,7 +307,9 @@ class PaddedDecode:
                 ]
             gathered_by()
             if self.audit is not None and absent is not None:
-                audits = self.audit.start(asked, absent, taps)
+                audits = self.audit.start(asked, absent, taps, missed=self._missed)
+                if any(row.is_held for row in asked):
+                    gathered_by()  # the next step looks at what they missed
         return TapCopies(_places(for_plans), hidden, _places(for_host), indexer, _places(audited), audits)
 
     def _layer_tap(
