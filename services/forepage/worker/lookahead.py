@@ -9,6 +9,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from forepage.errors import IntegrityError
 from forepage.kv.guard import GuardAction
 from forepage.kv.ids import BlockIdx
 from forepage.rpc import index_pb2 as pb
@@ -115,12 +116,20 @@ class Lookahead:
         return is_guarded and step <= self._parts.settings.early_audit_steps
 
     def must_redo(self, sequence: Sequence, audit: StepAudit, *, is_held: bool) -> bool:
-        """Take in what the device found about the step just read; whether it must be made again."""
+        """Take in what the device found about the step just read; whether it must be made again.
+
+        Raises: IntegrityError if so and the step missed nothing.
+        """
         state = sequence.lookahead
         is_repeat, state.is_redone = state.is_redone, False
         state.next_is_left_out = is_held and audit.has_missed
         state.audit_layers = audit.layers
-        return self._auditing.take_audit(sequence, audit, is_held=is_held, is_repeat=is_repeat)
+        must = self._auditing.take_audit(sequence, audit, is_held=is_held, is_repeat=is_repeat)
+        if must and not state.next_is_left_out:
+            raise IntegrityError(
+                "a step is made again that missed nothing: the one behind it was not left out"
+            )
+        return must
 
     def after_step(self, sequence: Sequence, tap: StepTap) -> None:
         """After a decode step of this sequence: a boundary, an audit, or nothing."""
