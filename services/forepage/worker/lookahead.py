@@ -7,7 +7,6 @@ what can't be asked (index down) falls back to the last set, and says so in the 
 import itertools
 import math
 import time
-from dataclasses import dataclass
 
 from forepage.errors import IntegrityError
 from forepage.kv.guard import GuardAction
@@ -16,6 +15,7 @@ from forepage.rpc import index_pb2 as pb
 from forepage.settings import OnIndexDown, ResidencyMode
 from forepage.telemetry import MetricName, SpanName, set_attributes
 from forepage.trace_context import traceparent_of
+from forepage.worker.asked import Asked
 from forepage.worker.auditing import Auditing
 from forepage.worker.device_audit import StepAudit
 from forepage.worker.full_by_room import FullByRoom
@@ -38,28 +38,6 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 """Its multiples, modulo 1, fill the unit interval evenly however many are taken."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """An open question on the stream."""
-
-    sequence: Sequence
-    question: Question | None
-    stamp: pb.Stamp
-    audits: frozenset[tuple[int, int]]
-    """(layer, position) of each."""
-
-    def accepts(self, reply: pb.LookaheadReply) -> bool:
-        """Whether this is an answer to the question, and one that can be taken at its word."""
-        answered = [(audit.layer_idx, audit.position) for audit in reply.audits]
-        return (
-            reply.stamp == self.stamp
-            and len(reply.plan.block_idx) == len(reply.plan.score)
-            and self.audits.issuperset(answered)
-            and len(set(answered)) == len(answered)
-            and all(_is_sound(audit) for audit in reply.audits)
-        )
-
-
 class Lookahead:
     """Questions, answers and their consequences for every sequence of a worker."""
 
@@ -72,7 +50,7 @@ class Lookahead:
         self._residency = residency
         self._ids = itertools.count(1)
         self._steps = 0
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
 
     def ask_first(self, sequence: Sequence, tap: StepTap) -> bool:
         """After prefill: the plan for the first interval. False when the index can't be asked."""
@@ -310,7 +288,7 @@ class Lookahead:
         if parts.index.ask(request):
             sequence.lookahead.question = question or sequence.lookahead.question
             audits = frozenset((audit.layer_idx, audit.position) for audit in request.audits)
-            self._asked[request_id] = _Asked(sequence, question, request.stamp, audits)
+            self._asked[request_id] = Asked(sequence, question, request.stamp, audits)
             return True
         if question is not None:
             self._fall_back(sequence, question)
@@ -345,7 +323,7 @@ class Lookahead:
             (BlockIdx(idx), score) for idx, score in zip(plan.block_idx, plan.score, strict=True)
         ]
 
-    def _refused(self, asked: _Asked, why: str) -> None:
+    def _refused(self, asked: Asked, why: str) -> None:
         sequence, question = asked.sequence, asked.question
         sequence.report.audits_lost += len(asked.audits)
         self._parts.log.warning("lookahead question refused", why=why, sequence=sequence.request.request_id)
@@ -401,13 +379,3 @@ def _has_exact_keys(sequence: Sequence) -> bool:
 def _is_audited(sequence: Sequence) -> bool:
     """Whether anybody wants to know what its steps miss."""
     return sequence.request.mode is ResidencyMode.GUARDED or sequence.request.audit
-
-
-def _is_sound(audit: pb.AuditResult) -> bool:
-    """Whether the counts and shares of one audited layer can be true."""
-    return (
-        audit.num_evidence_resident <= audit.num_evidence
-        and len(audit.missing_block_idx) == len(audit.missing_mass)
-        and all(0.0 <= share <= 1.0 for share in (audit.missed_mass, audit.recall_at_k))
-        and all(math.isfinite(mass) for mass in audit.missing_mass)
-    )
