@@ -130,6 +130,7 @@ class Decode:
     def _row(self, sequence: Sequence) -> DecodeRow:
         step = sequence.report.decode_steps + sequence.num_unread + 1
         audit_layers = self._lookahead.device_audit(sequence, step)
+        is_held = bool(audit_layers) and self._lookahead.holds_token(sequence, step)
         return DecodeRow(
             slot=sequence.holds.slot,
             position=sequence.num_launched,
@@ -141,7 +142,8 @@ class Decode:
             wants_hidden=step >= sequence.lookahead.next_boundary,
             wants_indexer=sequence.request.reads
             or self._lookahead.reads_indexer(sequence, by_device=bool(audit_layers)),
-            is_held=bool(audit_layers) and self._lookahead.holds_token(sequence, step),
+            is_held=is_held,
+            marks_miss=is_held and self._parts.settings.ahead_of_verdicts,
             awaits_verdict=sequence.num_unread > 0 and sequence.lookahead.newest_is_held,
         )
 

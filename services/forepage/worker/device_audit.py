@@ -38,8 +38,8 @@ class AuditRow:
     slot: int
     position: int
     layers: tuple[int, ...]
-    is_held: bool = False
-    """Its token waits for the verdict, and after a miss the next step is left out."""
+    marks_miss: bool = False
+    """After a miss the next step is left out."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class DeviceAudit:
         """Score the absent blocks of every row and layer, and start bringing the verdicts to the host.
 
         Scored layer by layer, ranked and merged all at once: a step costs few launches, however many rows.
-        `missed` bool [num_slots] then says of the held rows whether evidence was absent.
+        `missed` bool [num_slots] then says of the rows that mark it whether evidence was absent.
         """
         pairs = [(row, tap.layer) for tap in taps for row in tap.members]
         chosen = upload(np.array([row for row, _ in pairs]), self._memory.device)
@@ -153,7 +153,7 @@ class DeviceAudit:
             visible,
             (torch.cat([tap.selected for tap in taps]), torch.cat([tap.scores for tap in taps])),
         )
-        if any(row.is_held for row in rows):
+        if any(row.marks_miss for row in rows):
             self._mark(missed, rows, chosen, verdicts)
         place = {pair: line for line, pair in enumerate(pairs)}
         return AuditCopies(tuple(rows), place, HostCopy.of(verdicts.packed()))
@@ -163,9 +163,9 @@ class DeviceAudit:
         is_miss = (verdicts.counts[:, 1] < verdicts.counts[:, 0]).long()
         misses = torch.zeros(len(rows), dtype=torch.int64, device=missed.device)
         misses.index_add_(0, chosen, is_miss)
-        held = np.array([at for at, row in enumerate(rows) if row.is_held])
-        slots = np.array([rows[at].slot for at in held])
-        missed[upload(slots, missed.device)] = misses[upload(held, missed.device)] > 0
+        marked = np.array([at for at, row in enumerate(rows) if row.marks_miss])
+        slots = np.array([rows[at].slot for at in marked])
+        missed[upload(slots, missed.device)] = misses[upload(marked, missed.device)] > 0
 
     def _scores(self, tap: LayerTap, absent: Tensor, visible: Tensor) -> Tensor:
         geometry = self._memory.geometry

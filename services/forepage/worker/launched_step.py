@@ -19,8 +19,9 @@ class DecodeRow:
     `pulls`: it has staging blocks, so that absent rows can be fetched. `audit_layers`: c4 layers in which a
     device that can (Device.makes_audits) looks at what this step could not see; if the row wants a tap.
     Of its tap the host may want the attention inputs, for a plan, and what the indexers chose. `is_held`: the
-    token waits for the audit's verdict. `awaits_verdict`: the slot's last step is held and its verdict is not
-    read; where it missed something, this row is left out, and changes nothing of the slot's.
+    token waits for the audit's verdict; `marks_miss`: and the device marks a miss for the step behind.
+    `awaits_verdict`: the slot's last step is held and its verdict is not read; where it marked a miss, this
+    row is left out, and changes nothing of the slot's.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class DecodeRow:
     wants_hidden: bool = True
     wants_indexer: bool = True
     is_held: bool = False
+    marks_miss: bool = False
     awaits_verdict: bool = False
 
 

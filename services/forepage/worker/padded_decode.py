@@ -290,7 +290,7 @@ class PaddedDecode:
         if not wanted:
             return None
         asked = [
-            AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers, rows[at].is_held)
+            AuditRow(rows[at].slot, rows[at].position, rows[at].audit_layers, rows[at].marks_miss)
             for at in audited
         ]
         hidden, indexer, audits, absent, taps = None, None, None, None, []
@@ -308,7 +308,7 @@ class PaddedDecode:
             gathered_by()
             if self.audit is not None and absent is not None:
                 audits = self.audit.start(asked, absent, taps, missed=self._missed)
-                if any(row.is_held for row in asked):
+                if any(row.marks_miss for row in asked):
                     gathered_by()  # the next step looks at what they missed
         return TapCopies(_places(for_plans), hidden, _places(for_host), indexer, _places(audited), audits)
 
